@@ -1,0 +1,344 @@
+"""A checkpoint's configuration and a request's options, read from the files that describe them.
+
+Three spellings of config.json are in use: the hub's (`global_head_dim`, `num_global_key_value_heads`), the one
+Transformers >= 5.2x saves (`per_layer_config`), and mlx-community's, which is the hub's with `quantization` and
+`generation_config` inside. All three become the same `ModelConfig`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError, PromptError
+
+MODEL_TYPE = "diffusion_gemma"
+SLIDING, FULL = "sliding_attention", "full_attention"
+DEFAULT_ROPE = {
+    SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
+    FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+}
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What differs between layers: `kind` is "sliding_attention" or "full_attention"."""
+
+    kind: str
+    head_dim: int
+    num_key_value_heads: int
+
+    @property
+    def is_sliding(self) -> bool:
+        return self.kind == SLIDING
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The shared encoder and decoder stack."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_attention_heads: int
+    num_experts: int
+    top_k_experts: int
+    sliding_window: int
+    layers: tuple[LayerConfig, ...]
+    rope_parameters: dict[str, dict[str, Any]]
+    rms_norm_eps: float = 1e-6
+    final_logit_softcapping: float = 30.0
+    max_position_embeddings: int = 131_072
+    use_bidirectional_attention: str | None = None
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> TextConfig:
+        """Read a `text_config` object in any spelling. Raises CheckpointError."""
+        if config.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
+            raise CheckpointError(
+                f"config.json asks for the activation {config['hidden_activation']!r}; "
+                "DiffusionGemma uses gelu_pytorch_tanh, so check that this is its configuration."
+            )
+        if config.get("attention_bias"):
+            raise CheckpointError("config.json asks for attention biases, which no DiffusionGemma checkpoint has.")
+        if config.get("use_bidirectional_attention") == "all":
+            raise CheckpointError(
+                'config.json says use_bidirectional_attention "all"; only "vision" (or none) is supported.'
+            )
+        plain = {f.name for f in fields(cls)} - {"layers", "rope_parameters"}
+        optional = {"rms_norm_eps", "final_logit_softcapping", "max_position_embeddings", "use_bidirectional_attention"}
+        _require(config, plain - optional, "text_config")
+        given = {name: config[name] for name in plain if config.get(name) is not None}
+        rope = config.get("rope_parameters") or DEFAULT_ROPE
+        return cls(**given, layers=_layers(config), rope_parameters={kind: dict(rope[kind]) for kind in rope})
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Gemma 4's vision tower."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    patch_size: int = 16
+    pooling_kernel_size: int = 3
+    position_embedding_size: int = 10_240
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 100.0
+    standardize: bool = False
+    use_clipped_linears: bool = False
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> VisionConfig:
+        names = {f.name for f in fields(cls)} - {"rope_theta"}
+        required = {f.name for f in fields(cls)} & {
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        }
+        _require(config, required, "vision_config")
+        given = {name: config[name] for name in names if config.get(name) is not None}
+        theta = (config.get("rope_parameters") or {}).get("rope_theta", 100.0)
+        return cls(**given, rope_theta=theta)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How weights are quantized: `overrides` maps a module path to its own (group_size, bits, mode), or to None
+    where the module is not quantized.
+    """
+
+    group_size: int
+    bits: int
+    mode: str = "affine"
+    overrides: dict[str, Quantization | None] | None = None
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> Quantization:
+        """Read a `quantization` object of config.json. Raises CheckpointError."""
+        try:
+            group_size, bits = int(config["group_size"]), int(config["bits"])
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(
+                "config.json: `quantization` needs whole numbers for group_size and bits; convert the checkpoint again."
+            ) from None
+        overrides: dict[str, Quantization | None] = {}
+        for path, value in config.items():
+            if isinstance(value, dict):
+                # An override without a mode is affine, whatever the default mode is.
+                merged = {"group_size": group_size, "bits": bits, **value}
+                overrides[path] = cls(int(merged["group_size"]), int(merged["bits"]), merged.get("mode", "affine"))
+            elif value is False:
+                overrides[path] = None
+        return cls(group_size, bits, config.get("mode", "affine"), overrides)
+
+    def for_module(self, path: str) -> Quantization | None:
+        """The settings of the module at `path`; None where it is named as not quantized."""
+        overrides = self.overrides or {}
+        return overrides[path] if path in overrides else replace(self, overrides=None)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A DiffusionGemma checkpoint's architecture."""
+
+    text: TextConfig
+    vision: VisionConfig | None
+    canvas_length: int
+    image_token_id: int
+    boi_token_id: int
+    eoi_token_id: int
+    quantization: Quantization | None = None
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> ModelConfig:
+        """Read config.json's content in any of the three spellings. Raises CheckpointError."""
+        if config.get("model_type") != MODEL_TYPE:
+            raise CheckpointError(
+                f"config.json describes a {config.get('model_type')!r} model, not {MODEL_TYPE!r}; "
+                "give a DiffusionGemma checkpoint."
+            )
+        _require(config, {"text_config"}, "config.json")
+        quantization = config.get("quantization")
+        return cls(
+            text=TextConfig.from_dict(config["text_config"]),
+            vision=VisionConfig.from_dict(config["vision_config"]) if config.get("vision_config") else None,
+            canvas_length=config.get("canvas_length") or 256,
+            image_token_id=config.get("image_token_id") or 258_880,
+            boi_token_id=config.get("boi_token_id") or 255_999,
+            eoi_token_id=config.get("eoi_token_id") or 258_882,
+            quantization=Quantization.from_dict(quantization) if quantization else None,
+        )
+
+    @classmethod
+    def from_directory(cls, directory: str | Path) -> ModelConfig:
+        """Read `directory`/config.json. Raises CheckpointError."""
+        return cls.from_dict(read_json(Path(directory) / "config.json"))
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """One request's options. None means the checkpoint's own setting, so nothing replaces its sampler silently.
+
+    max_tokens: most tokens to commit (ours; the checkpoints' own 256 is a single canvas).
+    max_steps: most denoising steps per canvas.
+    entropy_bound: nats; positions are accepted in ascending entropy while the sum of those before stays within it.
+    t_max, t_min: temperature at the first step and the limit it falls to.
+    stability: steps for which the argmax canvas must not have changed. 0: always stable.
+    confidence: nats; a canvas stops once stable with a mean entropy below this.
+    end_tokens: ids that end a reply.
+    stop: strings that end a reply; they are not part of it.
+    seed: of every random draw. None: another one each time.
+    canvas_length: tokens per canvas, at most the checkpoint's.
+    """
+
+    max_tokens: int = 1024
+    max_steps: int | None = None
+    entropy_bound: float | None = None
+    t_max: float | None = None
+    t_min: float | None = None
+    stability: int | None = None
+    confidence: float | None = None
+    end_tokens: tuple[int, ...] | None = None
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    canvas_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name in ("stop", "end_tokens"):
+            if isinstance(getattr(self, name), list | set | frozenset):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, kind, lowest in (
+            ("max_tokens", int, 1),
+            ("max_steps", int, 1),
+            ("canvas_length", int, 1),
+            ("stability", int, 0),
+            ("seed", int, 0),
+        ):
+            _check_number(self, name, kind, lowest)
+        for name in ("entropy_bound", "t_max", "t_min", "confidence"):
+            _check_number(self, name, float, 0.0)
+        if self.t_max is not None and self.t_min is not None and self.t_max < self.t_min:
+            raise PromptError(f"t_max ({self.t_max}) must not be below t_min ({self.t_min}).")
+        if any(not isinstance(text, str) or not text for text in self.stop):
+            raise PromptError("stop takes strings of at least one character.")
+
+    @classmethod
+    def from_checkpoint(cls, directory: str | Path) -> GenerationOptions:
+        """The checkpoint's own settings, filled in with the reference's defaults where it says nothing.
+
+        End tokens are the union of config.json's and generation_config.json's: each file leaves some out.
+        Raises CheckpointError.
+        """
+        directory = Path(directory)
+        config = read_json(directory / "config.json")
+        path = directory / "generation_config.json"
+        generation = read_json(path) if path.exists() else config.get("generation_config") or {}
+        declared = [config, config.get("text_config") or {}, config.get("generation_config") or {}, generation]
+        end_tokens = sorted({token for source in declared for token in _as_list(source.get("eos_token_id"))})
+        sampler = generation.get("sampler_config") or {}
+        settings = {
+            "max_steps": generation.get("max_denoising_steps"),
+            "entropy_bound": sampler.get("entropy_bound"),
+            "t_max": generation.get("t_max"),
+            "t_min": generation.get("t_min"),
+            "stability": generation.get("stability_threshold"),
+            "confidence": generation.get("confidence_threshold"),
+            "canvas_length": config.get("canvas_length"),
+        }
+        given = {name: value for name, value in settings.items() if value is not None}
+        try:
+            return cls(**{**REFERENCE_SETTINGS, **given}, end_tokens=tuple(end_tokens))
+        except PromptError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+
+    def filled_from(self, checkpoint: GenerationOptions) -> GenerationOptions:
+        """These options with every None replaced by the checkpoint's setting."""
+        unset = [f.name for f in fields(self) if getattr(self, f.name) is None]
+        return replace(self, **{name: getattr(checkpoint, name) for name in unset})
+
+
+# `_get_default_generation_params` of the reference; the canvas length is its configuration's default.
+REFERENCE_SETTINGS = {
+    "max_steps": 48,
+    "entropy_bound": 0.1,
+    "t_max": 0.8,
+    "t_min": 0.4,
+    "stability": 1,
+    "confidence": 0.005,
+    "canvas_length": 256,
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file at `path`. Raises CheckpointError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if not path.parent.is_dir():
+            raise CheckpointError(f"There is no directory {path.parent}; check the path.") from None
+        raise CheckpointError(f"{path.parent} has no {path.name}; give a directory with a whole checkpoint.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); download it again.") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object; download it again.")
+    return content
+
+
+def _layers(config: dict[str, Any]) -> tuple[LayerConfig, ...]:
+    """Every layer's kind and head shapes, from either spelling (`__post_init__` of DiffusionGemmaTextConfig)."""
+    _require(config, {"num_hidden_layers", "head_dim", "num_key_value_heads"}, "text_config")
+    count = config["num_hidden_layers"]
+    kinds = list(config.get("layer_types") or [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(count)])
+    if len(kinds) != count or set(kinds) - {SLIDING, FULL}:
+        raise CheckpointError(
+            f"config.json: layer_types must name {count} layers, each {SLIDING!r} or {FULL!r}; download it again."
+        )
+    kinds[-1] = FULL  # as the reference forces it
+    shape = {"head_dim": config["head_dim"], "num_key_value_heads": config["num_key_value_heads"]}
+    per_layer = config.get("per_layer_config")
+    if per_layer is not None:
+        overrides = {int(index): layer for index, layer in per_layer.items()}
+    else:
+        full = {"head_dim": config.get("global_head_dim") or 512}
+        if config.get("num_global_key_value_heads"):
+            full["num_key_value_heads"] = config["num_global_key_value_heads"]
+        overrides = {i: full for i, kind in enumerate(kinds) if kind == FULL}
+    layers = []
+    for i, kind in enumerate(kinds):
+        override = {name: overrides.get(i, {}).get(name, shape[name]) for name in shape}
+        layers.append(LayerConfig(kind, **override))
+    return tuple(layers)
+
+
+def _require(config: dict[str, Any], names: set[str], where: str) -> None:
+    missing = sorted(name for name in names if config.get(name) is None)
+    if missing:
+        raise CheckpointError(f"{where} lacks {', '.join(missing)}; give the configuration of a whole checkpoint.")
+
+
+def _as_list(value: int | list[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _check_number(options: GenerationOptions, name: str, kind: type, lowest: float) -> None:
+    value = getattr(options, name)
+    if value is None and name != "max_tokens":
+        return
+    accepted = (int, float) if kind is float else int
+    if isinstance(value, bool) or not isinstance(value, accepted) or not value >= lowest:
+        what = "a whole number" if kind is int else "a number"
+        raise PromptError(f"{name} must be {what} of at least {lowest:g}, not {value!r}.")

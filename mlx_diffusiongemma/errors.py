@@ -1,0 +1,17 @@
+"""What can go wrong for a user. Each error is one sentence that says what is wrong and what to do."""
+
+
+class DiffusionGemmaError(Exception):
+    """Base of every error this package raises on purpose; the command line prints it and exits 1."""
+
+
+class CheckpointError(DiffusionGemmaError):
+    """A checkpoint's files are missing, damaged, of another model, or cannot be converted as asked."""
+
+
+class PromptError(DiffusionGemmaError):
+    """A prompt, its messages or an option of the request cannot be used."""
+
+
+class CanvasError(DiffusionGemmaError):
+    """A starting canvas does not fit the model or the request."""

@@ -1,0 +1,136 @@
+"""What generation reports while it runs: plain Python data, safe to hand to any thread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+PartKind = Literal["text", "thinking", "tool_call"]
+FinishReason = Literal["stop", "length", "tool", "cancelled"]
+Part = tuple[PartKind, str]
+
+
+def join_text(parts: list[Part]) -> str:
+    """The visible text of `parts`: thoughts and tool calls left out."""
+    return "".join(text for kind, text in parts if kind == "text")
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function the model wants called."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A finished reply, taken apart. `parts` keeps the order in which the model wrote it."""
+
+    text: str
+    thinking: str
+    tool_calls: list[ToolCall]
+    parts: list[Part] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """`done` of the prompt's `total` tokens are encoded."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Draft:
+    """One denoising step. `tokens` is the argmax canvas, which is what would be committed now.
+
+    `accepted` marks the positions whose sample goes into the next step's canvas; `entropy` is in nats per position,
+    after the step's temperature. `step` counts from 1.
+    """
+
+    canvas: int
+    step: int
+    max_steps: int
+    tokens: list[int]
+    accepted: list[bool]
+    entropy: list[float]
+    text: str
+
+    @property
+    def mean_entropy(self) -> float:
+        return sum(self.entropy) / len(self.entropy)
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A finished canvas: its tokens before the first end token, and the text that became certain with it."""
+
+    canvas: int
+    tokens: list[int]
+    parts: list[Part]
+    steps: int
+
+    @property
+    def text(self) -> str:
+        return join_text(self.parts)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a request cost. Times are seconds of wall clock, memory is bytes.
+
+    `generated_tokens` counts what was committed; `steps` holds the denoising steps of each canvas.
+    """
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    steps: list[int] = field(default_factory=list)
+    retries: int = 0
+    prompt_seconds: float = 0.0
+    denoise_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        encoded = self.prompt_tokens - self.cached_tokens
+        return encoded / self.prompt_seconds if self.prompt_seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.generated_tokens / self.denoise_seconds if self.denoise_seconds else 0.0
+
+    @property
+    def steps_per_canvas(self) -> float:
+        return sum(self.steps) / len(self.steps) if self.steps else 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.generated_tokens / sum(self.steps) if self.steps else 0.0
+
+
+@dataclass(frozen=True)
+class Done:
+    """The last event of a request."""
+
+    finish_reason: FinishReason
+    stats: Stats
+
+
+Event = Prefill | Draft | Commit | Done
+
+
+@dataclass(frozen=True)
+class Result:
+    """A whole reply. `print(result)` prints its text."""
+
+    text: str
+    thinking: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: FinishReason = "stop"
+    stats: Stats = field(default_factory=Stats)
+
+    def __str__(self) -> str:
+        return self.text
