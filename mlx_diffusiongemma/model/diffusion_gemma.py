@@ -1,0 +1,245 @@
+"""DiffusionGemma: one set of text weights, used as a causal encoder of the prefix and as a bidirectional denoiser of
+the canvas. `encode` is the only writer of the cache; `denoise` only reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import FULL, SLIDING, GenerationOptions, LayerConfig, ModelConfig, TextConfig
+from . import vocabulary
+from .cache import Cache
+from .layers import MLP, Attention, Extend, SelfConditioning
+from .moe import Experts, Router
+
+PREFILL_CHUNK = 1024  # tokens: enough rows for every expert, few enough for a window's scores
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then a dense MLP and the experts side by side (`DiffusionGemmaDecoderTextLayer`)."""
+
+    def __init__(self, config: TextConfig, layer: LayerConfig):
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(hidden, config.intermediate_size)
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.pre_feedforward_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.post_feedforward_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.post_feedforward_layernorm_1 = nn.RMSNorm(hidden, eps=eps)
+        self.post_feedforward_layernorm_2 = nn.RMSNorm(hidden, eps=eps)
+        self.pre_feedforward_layernorm_2 = nn.RMSNorm(hidden, eps=eps)
+        self.layer_scalar = mx.ones((1,))
+
+    def __call__(
+        self,
+        x: mx.array,
+        extend: Extend,
+        offset: int | mx.array,
+        mask: mx.array | str | None,
+        scalar: mx.array,
+    ) -> mx.array:
+        attended = self.self_attn(self.input_layernorm(x), extend, offset, mask)
+        x = x + self.post_attention_layernorm(attended)
+        dense = self.mlp(self.pre_feedforward_layernorm(x))
+        tokens = x.reshape(-1, x.shape[-1])
+        routed = self.experts(self.pre_feedforward_layernorm_2(tokens), *self.router(tokens)).reshape(x.shape)
+        both = self.post_feedforward_layernorm_1(dense) + self.post_feedforward_layernorm_2(routed)
+        return (x + self.post_feedforward_layernorm(both)) * scalar
+
+
+class Decoder(nn.Module):
+    """The text stack: its weights are saved here, under `model.decoder`, and serve the encoder too."""
+
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config, layer) for layer in config.layers]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_conditioning = SelfConditioning(config.hidden_size, config.intermediate_size, config.rms_norm_eps)
+
+
+class EncoderLayer(nn.Module):
+    """All that a layer has of its own when it encodes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_scalar = mx.ones((1,))
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.layers = [EncoderLayer() for _ in config.layers]
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.language_model = LanguageModel(config.text)
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config.text)
+
+
+class DiffusionGemma(nn.Module):
+    """The model. B batch, N prompt, L canvas, H hidden, V vocabulary."""
+
+    def __init__(self, config: ModelConfig, options: GenerationOptions | None = None):
+        super().__init__()
+        self.config = config
+        self.options = options or GenerationOptions()
+        self.model = Backbone(config)
+
+    def make_cache(self) -> Cache:
+        """An empty prefix."""
+        return Cache(self.config.text, keep=self.config.canvas_length)
+
+    def fuse(self) -> None:
+        """Join projections of one input (q, k, v; gate, up) into one product: same numbers, names unchanged."""
+        for layer in self.model.decoder.layers:
+            layer.self_attn.fuse()
+            layer.mlp.fuse()
+        self.model.decoder.self_conditioning.fuse()
+
+    def encode(
+        self, tokens: mx.array, cache: Cache, images: mx.array | None = None, lengths: list[int] | None = None
+    ) -> mx.array:
+        """Append tokens [B, N] to the cache; returns their normalised hidden states [B, N, H].
+
+        lengths: real tokens of each row of a ragged batch, whose rows are filled up at their ends; only the first
+        call on an empty cache can be ragged. Long prompts are encoded in chunks of PREFILL_CHUNK.
+        """
+        hidden = mx.concatenate([chunk for _, chunk in self.encode_chunks(tokens, cache, images, lengths)], axis=1)
+        return _shift_rows(hidden, [n - tokens.shape[1] for n in lengths]) if lengths else hidden
+
+    def encode_chunks(
+        self, tokens: mx.array, cache: Cache, images: mx.array | None = None, lengths: list[int] | None = None
+    ) -> Iterator[tuple[int, mx.array]]:
+        """`encode`, a chunk at a time: yields how many tokens are done and the chunk's hidden states, which are those
+        of the rows moved to the end where the batch is ragged. The cache is computed before each yield.
+        """
+        count = tokens.shape[1]
+        if lengths is not None:
+            tokens = self._align(tokens, cache, lengths)
+        for start in range(0, count, PREFILL_CHUNK):
+            stop = min(start + PREFILL_CHUNK, count)
+            hidden = self._encode(tokens[:, start:stop], cache)
+            cache.evaluate()
+            yield stop, hidden
+
+    def _align(self, tokens: mx.array, cache: Cache, lengths: list[int]) -> mx.array:
+        """Move a ragged batch's rows to their ends and note the padding in the cache."""
+        rows, count = tokens.shape
+        if cache.offset:
+            raise ValueError("only an empty cache takes a ragged batch")
+        if len(lengths) != rows or not all(0 < n <= count for n in lengths):
+            raise ValueError(f"lengths must be {rows} numbers from 1 to {count}, not {lengths}")
+        if min(lengths) < count:
+            cache.padding = tuple(count - n for n in lengths)
+            tokens = _shift_rows(tokens, list(cache.padding))
+        return tokens
+
+    def _encode(self, tokens: mx.array, cache: Cache) -> mx.array:
+        decoder = self.model.decoder
+        offset, count = cache.offset, tokens.shape[1]
+        masks = {kind: self._encoder_mask(kind, cache, count) for kind in (SLIDING, FULL)}
+        x = self.embed(tokens)
+        scalars = self.model.encoder.language_model.layers
+        for config, layer, own, kept in zip(
+            self.config.text.layers, decoder.layers, scalars, cache.layers, strict=True
+        ):
+            x = layer(x, kept.append, self._positions(cache, offset), masks[config.kind], own.layer_scalar)
+        cache.offset = offset + count
+        return decoder.norm(x)
+
+    def denoise(self, canvas: mx.array, cache: Cache, self_conditioning: mx.array | None = None) -> mx.array:
+        """Hidden states [B, L, H] of the canvas's tokens [B, L] after the cached prefix, which is only read.
+
+        self_conditioning: what `soft_embedding` made of the previous step, [B, L, H]; None at the first step.
+        A cache of one row serves any B.
+        """
+        decoder = self.model.decoder
+        masks = {kind: self._canvas_mask(kind, cache, canvas.shape[1]) for kind in (SLIDING, FULL)}
+        x = decoder.self_conditioning(self.embed(canvas), self_conditioning)
+        positions = self._positions(cache, cache.offset)
+        for config, layer, kept in zip(self.config.text.layers, decoder.layers, cache.layers, strict=True):
+            x = layer(x, kept.with_canvas, positions, masks[config.kind], layer.layer_scalar)
+        return decoder.norm(x)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """hidden [B, L, H] -> [B, L, V] float32, soft-capped."""
+        return vocabulary.logits(self.model.decoder.embed_tokens, hidden, self.config.text.final_logit_softcapping)
+
+    def soft_embedding(self, processed_logits: mx.array) -> mx.array:
+        """processed_logits [B, L, V], divided by the temperature -> [B, L, H], scaled by sqrt(H)."""
+        return self._scaled(vocabulary.soft_embedding(self.model.decoder.embed_tokens, processed_logits))
+
+    def read_vocabulary(self, hidden: mx.array, temperature: float, key: mx.array | None = None) -> vocabulary.Reading:
+        """tokens, sample, entropy and soft embedding of hidden [B, L, H] in one pass; no logits are kept.
+
+        key: PRNG key [2], or one per row [B, 2]. Without one nothing is drawn and no soft embedding computed.
+        """
+        cap = self.config.text.final_logit_softcapping
+        reading = vocabulary.read(self.model.decoder.embed_tokens, hidden, cap, temperature, key)
+        if reading.soft_embedding is None:
+            return reading
+        return reading._replace(soft_embedding=self._scaled(reading.soft_embedding))
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Token ids [...] -> their embeddings [..., H], scaled by sqrt(H)."""
+        return self._scaled(self.model.decoder.embed_tokens(tokens))
+
+    def _scaled(self, embeddings: mx.array) -> mx.array:
+        scale = vocabulary.embedding_scale(self.model.decoder.embed_tokens, self.config.text.hidden_size)
+        return embeddings.astype(scale.dtype) * scale
+
+    def _positions(self, cache: Cache, offset: int) -> int | mx.array:
+        """The first new token's position: one for all rows, or per row where the batch is ragged."""
+        return offset if cache.padding is None else offset - mx.array(cache.padding)
+
+    def _encoder_mask(self, kind: str, cache: Cache, count: int) -> mx.array | str | None:
+        """Which of the visible tokens each of the next `count` may attend to: itself and those before it, in sliding
+        layers at most `window - 1` back; never padding.
+        """
+        window = self.config.text.sliding_window if kind == SLIDING else None
+        before = cache.offset if window is None else min(cache.offset, window - 1)
+        total = before + count
+        if cache.padding is None and (window is None or total <= window):
+            return "causal" if count > 1 else None
+        queries = mx.arange(cache.offset, cache.offset + count)[:, None]
+        keys = mx.arange(cache.offset - before, cache.offset + count)[None]
+        mask = keys <= queries
+        if window is not None:
+            mask = mask & (keys > queries - window)
+        if cache.padding is None:
+            return mask
+        real = keys >= mx.array(cache.padding)[:, None, None, None]
+        # A padding token sees itself: a row of nothing but -inf would turn into NaN and spread.
+        return (mask & real) | (keys == queries)
+
+    def _canvas_mask(self, kind: str, cache: Cache, count: int) -> mx.array | None:
+        """A canvas sees everything that its layers keep, except padding."""
+        window = self.config.text.sliding_window if kind == SLIDING else None
+        before = cache.offset if window is None else min(cache.offset, window - 1)
+        first = cache.offset - before
+        if cache.padding is None or first >= max(cache.padding):
+            return None
+        keys = mx.arange(first, cache.offset + count)
+        return (keys >= mx.array(cache.padding)[:, None])[:, None, None]
+
+
+def _shift_rows(array: mx.array, shifts: list[int]) -> mx.array:
+    """Each row of [B, N, ...] rolled by its own shift along N."""
+    rows = [mx.roll(row, shift, axis=0) for row, shift in zip(array, shifts, strict=True)]
+    return mx.stack(rows)

@@ -1,0 +1,181 @@
+"""Attention, the dense MLP and self-conditioning: the parts that the encoder and the decoder share.
+
+Attribute names follow the checkpoint's keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.rope_utils import initialize_rope
+
+from ..config import LayerConfig, TextConfig
+
+# Scores of one attention call, in bytes. Head sizes of 256 and 512 have no fused kernel for many queries on most
+# chips, so the scores exist; queries are taken in parts that keep them under this.
+SCORE_BUDGET = 256 * 2**20
+
+Extend = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
+
+
+def fuse_elementwise(function: Callable) -> Callable:
+    """`mx.compile` for a chain of elementwise operations, on GPUs only: on a CPU it would call a C++ compiler."""
+    compiled = mx.compile(function, shapeless=True)
+
+    def call(*arrays: mx.array) -> mx.array:
+        return (compiled if mx.default_device() == mx.gpu else function)(*arrays)
+
+    return call
+
+
+@fuse_elementwise
+def geglu(gate: mx.array, up: mx.array) -> mx.array:
+    """`gelu(gate) * up` with the tanh approximation (`gelu_pytorch_tanh`)."""
+    cubic = gate + 0.044715 * gate * gate * gate
+    return 0.5 * gate * (1 + mx.tanh(0.7978845608028654 * cubic)) * up
+
+
+def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None) -> mx.array:
+    """Attention with scale 1. queries [B, heads, N, D], keys and values [B, kv_heads, M, D] -> [B, heads, N, D].
+
+    mask: None, "causal" (the last query sees all keys), or booleans that broadcast to [B, heads, N, M].
+    """
+    rows, heads, count, _ = queries.shape
+    total = keys.shape[2]
+    part = max(SCORE_BUDGET // (4 * rows * heads * total), 1)
+    if count <= part:
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
+    outputs = []
+    for start in range(0, count, part):
+        stop = min(start + part, count)
+        # A causal part sees nothing after its own last query.
+        seen = total - count + stop if isinstance(mask, str) else total
+        part_mask = mask[..., start:stop, :] if isinstance(mask, mx.array) and mask.shape[-2] > 1 else mask
+        outputs.append(
+            mx.fast.scaled_dot_product_attention(
+                queries[:, :, start:stop], keys[:, :, :seen], values[:, :, :seen], scale=1.0, mask=part_mask
+            )
+        )
+    return mx.concatenate(outputs, axis=2)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised queries, keys and values. Full layers have no value projection: their
+    values are the raw key projection (`DiffusionGemmaDecoderTextAttention`).
+    """
+
+    def __init__(self, config: TextConfig, layer: LayerConfig):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            layer.num_key_value_heads,
+            layer.head_dim,
+        )
+        self.eps = config.rms_norm_eps
+        width = self.heads * self.head_dim
+        kv_width = self.kv_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        if layer.is_sliding:
+            self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=self.eps)
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=self.eps)
+        rope = config.rope_parameters[layer.kind]
+        self.rope = initialize_rope(self.head_dim, rope["rope_theta"], False, rope, config.max_position_embeddings)
+        self._fused = None
+
+    def fuse(self) -> None:
+        """Compute the projections of one input in one product, where they are stored alike."""
+        self._fused = fused_view([self.q_proj, self.k_proj] + ([self.v_proj] if "v_proj" in self else []))
+
+    def _project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Raw queries, keys and values, each [B, N, heads, head_dim]."""
+        shape = (*x.shape[:2], -1, self.head_dim)
+        if self._fused is not None:
+            joined = self._fused(x).reshape(shape)
+            queries, rest = joined[:, :, : self.heads], joined[:, :, self.heads :]
+            keys, values = rest[:, :, : self.kv_heads], rest[:, :, -self.kv_heads :]
+            return queries, keys, values
+        queries, keys = self.q_proj(x).reshape(shape), self.k_proj(x).reshape(shape)
+        values = self.v_proj(x).reshape(shape) if "v_proj" in self else keys
+        return queries, keys, values
+
+    def __call__(self, x: mx.array, extend: Extend, offset: int | mx.array, mask: mx.array | str | None) -> mx.array:
+        """x [B, N, hidden] at positions from `offset` (an int, or one per row) -> [B, N, hidden].
+
+        `extend` takes the new keys and values and returns all that are attended to.
+        """
+        queries, keys, values = self._project(x)
+        queries = self.rope(self.q_norm(queries).transpose(0, 2, 1, 3), offset=offset)
+        values = mx.fast.rms_norm(values, None, self.eps).transpose(0, 2, 1, 3)
+        keys = self.rope(self.k_norm(keys).transpose(0, 2, 1, 3), offset=offset)
+        keys, values = extend(keys, values)
+        output = attend(queries, keys, values, mask)
+        return self.o_proj(output.transpose(0, 2, 1, 3).flatten(2))
+
+
+class MLP(nn.Module):
+    """Gated MLP with a tanh GELU."""
+
+    def __init__(self, hidden: int, intermediate: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+        self._fused = None
+
+    def fuse(self) -> None:
+        self._fused = fused_view([self.gate_proj, self.up_proj])
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self._fused is not None:
+            gate, up = mx.split(self._fused(x), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(geglu(gate, up))
+
+
+class SelfConditioning(MLP):
+    """Adds what the previous step believed to the canvas's embeddings (`DiffusionGemmaSelfConditioning`)."""
+
+    def __init__(self, hidden: int, intermediate: int, eps: float):
+        super().__init__(hidden, intermediate)
+        self.pre_norm = nn.RMSNorm(hidden, eps=eps)
+        self.eps = eps
+
+    def __call__(self, embeddings: mx.array, soft_embedding: mx.array | None) -> mx.array:
+        """Both [B, L, hidden]. None stands for zeros, through which the bias-free MLP gives exactly zero."""
+        if soft_embedding is not None:
+            embeddings = embeddings + super().__call__(self.pre_norm(soft_embedding))
+        return mx.fast.rms_norm(embeddings, None, self.eps)
+
+
+def fused_view(linears: list[nn.Module]) -> nn.Module | None:
+    """One linear layer that computes several at once, or None where their storage differs.
+
+    The parts' own parameters become views of the joined arrays, so that nothing is stored twice and names stay.
+    """
+    first = linears[0]
+    if any(type(part) is not type(first) for part in linears) or type(first) not in (nn.Linear, nn.QuantizedLinear):
+        return None
+    if isinstance(first, nn.QuantizedLinear):
+        if len({(part.group_size, part.bits, part.mode) for part in linears}) > 1:
+            return None
+        joined = nn.QuantizedLinear(
+            first.group_size, 1, bias=False, group_size=first.group_size, bits=first.bits, mode=first.mode
+        )
+    else:
+        joined = nn.Linear(1, 1, bias=False)
+    names = [name for name in ("weight", "scales", "biases") if name in first]
+    for name in names:
+        joined[name] = mx.concatenate([part[name] for part in linears])
+    start = 0
+    for part in linears:
+        rows = part.weight.shape[0]
+        for name in names:
+            part[name] = joined[name][start : start + rows]
+        start += rows
+    return joined

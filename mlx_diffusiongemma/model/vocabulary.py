@@ -1,0 +1,236 @@
+"""The vocabulary side of a step: what the hidden states say about every token.
+
+`logits` and `soft_embedding` are the definition. `read` computes the same in one pass over blocks of the embedding,
+as flash attention does over keys: with running maxima and sums, no array of canvas x vocabulary ever exists.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .layers import fuse_elementwise
+
+# A block's float32 logits, in bytes; three arrays of this size are alive at once.
+BLOCK_BUDGET = 16 * 2**20
+# Tokens whose probabilities are summed before one of them is drawn; see `_draw`.
+GROUP = 32
+
+
+class Reading(NamedTuple):
+    """tokens [B, L]: argmax. sample [B, L]: one draw per position. entropy [B, L]: nats, float32. soft_embedding
+    [B, L, hidden]: the expected embedding. `sample` and `soft_embedding` are None where no key was given.
+    """
+
+    tokens: mx.array
+    sample: mx.array | None
+    entropy: mx.array
+    soft_embedding: mx.array | None
+
+
+def embedding_rows(embedding: nn.Embedding | nn.QuantizedEmbedding, index: slice | mx.array) -> nn.Module:
+    """The embedding of some tokens, as an embedding."""
+    if isinstance(embedding, nn.Embedding):
+        part = nn.Embedding(1, 1)
+    else:
+        part = nn.QuantizedEmbedding(
+            1, embedding.group_size, group_size=embedding.group_size, bits=embedding.bits, mode=embedding.mode
+        )
+    for name, array in embedding.parameters().items():
+        part[name] = mx.contiguous(array[index])
+    return part
+
+
+def embedding_scale(embedding: nn.Module, hidden_size: int) -> mx.array:
+    """sqrt(hidden), rounded to the embedding's dtype as the reference rounds it."""
+    return mx.array(math.sqrt(hidden_size), embedding_dtype(embedding))
+
+
+def embedding_dtype(embedding: nn.Module) -> mx.Dtype:
+    return embedding.weight.dtype if isinstance(embedding, nn.Embedding) else embedding.scales.dtype
+
+
+def expected_embedding(embedding: nn.Module, probabilities: mx.array) -> mx.array:
+    """probabilities [..., V] @ embedding [V, hidden]; the product in the embedding's dtype."""
+    probabilities = probabilities.astype(embedding_dtype(embedding))
+    if isinstance(embedding, nn.Embedding):
+        return probabilities @ embedding.weight
+    return mx.quantized_matmul(
+        probabilities,
+        embedding.weight,
+        embedding.scales,
+        embedding.get("biases"),
+        transpose=False,
+        group_size=embedding.group_size,
+        bits=embedding.bits,
+        mode=embedding.mode,
+    )
+
+
+def logits(embedding: nn.Module, hidden: mx.array, cap: float) -> mx.array:
+    """hidden [..., hidden] -> [..., V] float32, soft-capped: the product in the model's dtype, the rest in float32."""
+    return mx.tanh(embedding.as_linear(hidden).astype(mx.float32) / cap) * cap
+
+
+def soft_embedding(embedding: nn.Module, processed_logits: mx.array) -> mx.array:
+    """processed_logits [..., V] -> the expected embedding [..., hidden], unscaled.
+
+    The reference casts the logits to the embedding's dtype first; in bfloat16 that cast is only noise, so the
+    probabilities stay float32 up to the product. In float32 both are the same.
+    """
+    return expected_embedding(embedding, mx.softmax(processed_logits.astype(mx.float32), axis=-1))
+
+
+@fuse_elementwise
+def _process(raw: mx.array, cap: mx.array, temperature: mx.array) -> mx.array:
+    return mx.tanh(raw.astype(mx.float32) / cap) * (cap / temperature)
+
+
+@fuse_elementwise
+def _exponentials(scaled: mx.array, top: mx.array) -> tuple[mx.array, mx.array]:
+    """exp(x - top), and that times (x - top)."""
+    shifted = scaled - top
+    weights = mx.exp(shifted)
+    return weights, weights * shifted
+
+
+def block_length(rows: int, vocabulary: int) -> int:
+    """Tokens per block: a multiple of GROUP that keeps one float32 block of `rows` within BLOCK_BUDGET."""
+    fitting = BLOCK_BUDGET // (4 * rows) // GROUP * GROUP
+    return min(max(fitting, GROUP), -(-vocabulary // GROUP) * GROUP)
+
+
+def read(
+    embedding: nn.Module, hidden: mx.array, cap: float, temperature: float | mx.array, key: mx.array | None
+) -> Reading:
+    """One pass over the vocabulary for hidden [B, L, hidden], at `temperature` (> 0).
+
+    key: a PRNG key [2] for all rows, or one per row [B, 2]; None draws nothing and leaves the soft embedding out.
+    The soft embedding is unscaled.
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    vocabulary = embedding.weight.shape[0]
+    length = block_length(rows.shape[0], vocabulary)
+    cap, temperature = mx.array(cap), mx.array(temperature, mx.float32)
+    total = _Total()
+    for start in range(0, vocabulary, length):
+        block = embedding_rows(embedding, slice(start, min(start + length, vocabulary)))
+        total.add(block, _process(block.as_linear(rows), cap, temperature), start, condition=key is not None)
+        # One block after the other: evaluated together, all blocks would be alive at once.
+        rows = mx.depends(rows, total.state)
+    shape = hidden.shape[:-1]
+    tokens, entropy = total.tokens.reshape(shape), total.entropy.reshape(shape)
+    if key is None:
+        return Reading(tokens, None, entropy, None)
+    groups = total.group_masses()
+    uniforms = draw_uniforms(key, shape).reshape(2, -1)
+    group = _pick(groups, uniforms[0])
+    ids = mx.minimum(group[:, None] * GROUP + mx.arange(GROUP), vocabulary - 1)
+    inside = _member_weights(embedding, rows, ids, group, cap, temperature)
+    sample = group * GROUP + _pick(inside, uniforms[1])
+    return Reading(tokens, sample.reshape(shape), entropy, total.soft.reshape(hidden.shape))
+
+
+def sample_from(processed_logits: mx.array, key: mx.array) -> mx.array:
+    """The plain definition of the draw: processed_logits [B, L, V] -> one token per position [B, L].
+
+    Two-level inverse CDF: a group of GROUP tokens by its mass, then a token of the group. The distribution is exact.
+    """
+    shape = processed_logits.shape[:-1]
+    probabilities = mx.softmax(processed_logits, axis=-1).reshape(-1, processed_logits.shape[-1])
+    grouped = _grouped(probabilities)
+    uniforms = draw_uniforms(key, shape).reshape(2, -1)
+    group = _pick(grouped.sum(-1), uniforms[0])
+    inside = mx.take_along_axis(grouped, group[:, None, None], axis=1)[:, 0]
+    return (group * GROUP + _pick(inside, uniforms[1])).reshape(shape)
+
+
+def draw_uniforms(key: mx.array, shape: tuple[int, int]) -> mx.array:
+    """Two uniforms in [0, 1) for each of [B, L] positions: [2, B, L]. A key per row draws each row by itself."""
+    if key.ndim == 1:
+        return mx.random.uniform(shape=(2, *shape), key=key)
+    return mx.stack([mx.random.uniform(shape=(2, shape[1]), key=row) for row in key], axis=1)
+
+
+class _Total:
+    """Running sums over blocks, all relative to the running maximum."""
+
+    def __init__(self) -> None:
+        self.top = self.mass = self.moment = self.tokens = self.soft = None
+        self.groups: list[mx.array] = []
+        self.group_tops: list[mx.array] = []
+
+    @property
+    def state(self) -> list[mx.array]:
+        arrays = [self.top, self.mass, self.moment, self.tokens, self.soft, *self.groups[-1:]]
+        return [array for array in arrays if array is not None]
+
+    def add(self, block: nn.Module, scaled: mx.array, start: int, condition: bool) -> None:
+        """Take in a block of processed logits [rows, block], whose first token is `start`."""
+        block_top = scaled.max(axis=-1, keepdims=True)
+        block_tokens = scaled.argmax(axis=-1) + start
+        first = self.top is None
+        top = block_top if first else mx.maximum(self.top, block_top)
+        weights, moments = _exponentials(scaled, top)
+        if condition:
+            groups = _grouped(weights).sum(-1)
+            mass = groups.sum(-1, keepdims=True)
+            self.groups.append(groups)
+            self.group_tops.append(top)
+        else:
+            mass = weights.sum(-1, keepdims=True)
+        moment = moments.sum(-1, keepdims=True)
+        soft = expected_embedding(block, weights).astype(mx.float32) if condition else None
+        if not first:
+            fall = self.top - top
+            decay = mx.exp(fall)
+            block_tokens = mx.where((block_top > self.top)[:, 0], block_tokens, self.tokens)
+            # The moment is of x - top: when the top rises, every x already counted moves by the difference.
+            moment = moment + decay * (self.moment + fall * self.mass)
+            mass = mass + decay * self.mass
+            soft = soft + decay * self.soft if condition else None
+        self.top, self.mass, self.moment, self.tokens = top, mass, moment, block_tokens
+        self.soft = soft
+
+    @property
+    def entropy(self) -> mx.array:
+        """[rows], nats: log of the mass minus the mean of x - top."""
+        return (mx.log(self.mass) - self.moment / self.mass)[:, 0]
+
+    def group_masses(self) -> mx.array:
+        """Every group's mass [rows, groups], relative to the final maximum. Also turns `soft` into a mean."""
+        self.soft = self.soft / self.mass
+        scaled = [groups * mx.exp(top - self.top) for groups, top in zip(self.groups, self.group_tops, strict=True)]
+        return mx.concatenate(scaled, axis=-1)
+
+
+def _grouped(weights: mx.array) -> mx.array:
+    """[rows, n] -> [rows, ceil(n / GROUP), GROUP], zeros at the end."""
+    padding = -weights.shape[-1] % GROUP
+    if padding:
+        weights = mx.pad(weights, [(0, 0), (0, padding)])
+    return weights.reshape(weights.shape[0], -1, GROUP)
+
+
+def _pick(masses: mx.array, uniform: mx.array) -> mx.array:
+    """Inverse CDF: masses [rows, n] (not all zero), uniform [rows] -> an index with positive mass per row, int32."""
+    below = mx.cumsum(masses, axis=-1)
+    total = below[:, -1:]
+    index = (below <= uniform[:, None] * total).sum(-1)
+    # uniform * total can round up to total; the last index with a mass is where the sum first reaches it.
+    return mx.minimum(index, (below < total).sum(-1)).astype(mx.int32)
+
+
+def _member_weights(
+    embedding: nn.Module, rows: mx.array, ids: mx.array, group: mx.array, cap: mx.array, temperature: mx.array
+) -> mx.array:
+    """Unnormalised probabilities of the tokens of each row's group, [rows, GROUP]; their logits are computed again."""
+    members = embedding_rows(embedding, ids.flatten())
+    vectors = members(mx.arange(ids.size)).reshape(*ids.shape, -1)
+    scaled = _process((vectors @ rows[:, :, None])[..., 0], cap, temperature)
+    exists = group[:, None] * GROUP + mx.arange(GROUP) < embedding.weight.shape[0]
+    scaled = mx.where(exists, scaled, -mx.inf)
+    return mx.exp(scaled - scaled.max(axis=-1, keepdims=True))
