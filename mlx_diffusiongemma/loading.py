@@ -1,0 +1,175 @@
+"""Loading a converted checkpoint: ours, mlx-community's, or one saved by mlx-vlm. Strict: nothing missing, nothing
+left over, nothing of another shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .config import GenerationOptions, ModelConfig, Quantization, read_json
+from .errors import CheckpointError
+from .model.diffusion_gemma import DiffusionGemma
+from .model.moe import Experts
+
+if TYPE_CHECKING:
+    from .processor import Processor
+
+VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+Progress = Callable[[int, int], None]
+
+
+def load(
+    path_or_repo: str | Path, *, revision: str | None = None, progress: Progress | None = None, fuse: bool = True
+) -> tuple[DiffusionGemma, Processor]:
+    """A converted checkpoint's model and processor, weights in memory and safe to use from any thread.
+
+    path_or_repo: a directory or a Hugging Face repository, which is downloaded first. progress: called with layers
+    done and their number. fuse: join projections of one input; without it, every module computes on its own.
+    Raises CheckpointError.
+    """
+    from .processor import Processor
+
+    directory = find_checkpoint(path_or_repo, revision)
+    config = ModelConfig.from_directory(directory)
+    processor = Processor.from_directory(directory, config)
+    model = DiffusionGemma(config, GenerationOptions.from_checkpoint(directory))
+    weights = read_weights(directory)
+    text = {name: array for name, array in weights.items() if not name.startswith(VISION)}
+    _fill(model, text, directory, config.quantization)
+    _evaluate(model, directory, progress, fuse)
+    return model, processor
+
+
+def find_checkpoint(path_or_repo: str | Path, revision: str | None = None) -> Path:
+    """The local directory of a checkpoint, downloaded where it is a repository's name. Raises CheckpointError."""
+    directory = Path(path_or_repo).expanduser()
+    if directory.is_dir():
+        return directory
+    name = str(path_or_repo)
+    if directory.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"There is no directory {name}; check the path, or give a repository as owner/name.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{name} is neither a directory nor a repository that can be downloaded now ({reason}); "
+            "check the name and the network."
+        ) from None
+
+
+def read_weights(directory: Path) -> dict[str, mx.array]:
+    """Every tensor of the directory's safetensors files, not read yet. Raises CheckpointError."""
+    weights: dict[str, mx.array] = {}
+    for path in _shards(directory):
+        try:
+            weights.update(mx.load(str(path)))
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged ({error}); download or convert it again.") from None
+    return weights
+
+
+def _shards(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        single = directory / "model.safetensors"
+        if not single.exists():
+            raise CheckpointError(f"{directory} has no model.safetensors; give a directory with a whole checkpoint.")
+        return [single]
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
+    paths = [directory / name for name in names]
+    for path in paths:
+        if path.parent != directory:
+            raise CheckpointError(f"{index} names a file outside its directory ({path}); download it again.")
+        if not path.exists():
+            raise CheckpointError(f"{index} lists {path.name}, which is not there; download it again.")
+    return paths
+
+
+def _fill(
+    model: DiffusionGemma, weights: dict[str, mx.array], directory: Path, quantization: Quantization | None
+) -> None:
+    """Give the model the text weights, its modules quantized as the files say."""
+    if any(name.endswith((".experts.gate_up_proj", ".experts.down_proj")) for name in weights):
+        raise CheckpointError(
+            f"{directory} is a Hugging Face checkpoint; convert it first: mlx-dg convert {directory} --q4"
+        )
+    _quantize(model, weights, quantization, directory)
+    expected = dict(tree_flatten(model.parameters()))
+    problems = [f"{name} is missing" for name in expected if name not in weights]
+    problems += [f"{name} is not part of the model" for name in weights if name not in expected]
+    problems += [
+        f"{name} is {list(weights[name].shape)} instead of {list(array.shape)}"
+        for name, array in expected.items()
+        if name in weights and weights[name].shape != array.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise CheckpointError(
+            f"{directory} does not fit its configuration: {', '.join(problems[:3])}{more}; "
+            "download or convert it again."
+        )
+    model.load_weights(list(weights.items()))
+
+
+def _quantize(
+    model: DiffusionGemma, weights: dict[str, mx.array], quantization: Quantization | None, directory: Path
+) -> None:
+    """Replace the modules whose scales are in the files."""
+    scaled = {name.removesuffix(".scales") for name in weights if name.endswith(".scales")}
+    if not scaled:
+        return
+    if quantization is None:
+        raise CheckpointError(
+            f"{directory} holds quantized weights but config.json has no `quantization`; convert it again."
+        )
+
+    def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        found = quantization.for_module(path)
+        if path not in scaled or found is None or not hasattr(module, "to_quantized"):
+            return False
+        return {"group_size": found.group_size, "bits": found.bits, "mode": found.mode}
+
+    try:
+        nn.quantize(model, class_predicate=settings)
+    except ValueError as error:
+        raise CheckpointError(f"{directory}: config.json's quantization does not work ({error}).") from None
+
+
+def _evaluate(model: DiffusionGemma, directory: Path, progress: Progress | None, fuse: bool) -> None:
+    """Read the weights in, a layer at a time: a fused layer's own copies are gone before the next is read."""
+    layers = model.model.decoder.layers
+    on_cpu = mx.default_device() == mx.cpu
+    try:
+        for done, layer in enumerate(layers, start=1):
+            if on_cpu:
+                _widen(layer.experts)
+            if fuse:
+                layer.self_attn.fuse()
+                layer.mlp.fuse()
+            mx.eval(layer)
+            if progress:
+                progress(done, len(layers))
+        if fuse:
+            model.model.decoder.self_conditioning.fuse()
+        mx.eval(model)
+    except RuntimeError as error:
+        raise CheckpointError(f"{directory} cannot be read ({error}); download or convert it again.") from None
+
+
+def _widen(experts: Experts) -> None:
+    """On the CPU, MLX gathers float32 only."""
+    for module in (experts.gate_up_proj, experts.down_proj):
+        if "scales" not in module and module.weight.dtype != mx.float32:
+            module.weight = module.weight.astype(mx.float32)
