@@ -1,0 +1,118 @@
+"""A model whose logits are queued, and a processor whose tokens are bytes: the loop without weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import mlx.core as mx
+
+from mlx_diffusiongemma.config import GenerationOptions
+from mlx_diffusiongemma.events import Reply
+from mlx_diffusiongemma.model import vocabulary
+
+VOCABULARY = 128
+END = 1
+
+
+class ScriptedCache:
+    """Remembers what it was asked; a prefix is the list of tokens it was given."""
+
+    def __init__(self) -> None:
+        self.offset = 0
+        self.encoded: list[list[list[int]]] = []
+        self.settled = self.released = 0
+
+    def settle(self) -> None:
+        self.settled += 1
+
+    def release(self) -> None:
+        self.released += 1
+
+
+class ScriptedModel:
+    """`script[n]` are the logits [B, L, V] that the n-th denoising step finds; the last one repeats."""
+
+    def __init__(self, script: list[mx.array], canvas_length: int, context: int = 4096):
+        text = SimpleNamespace(vocab_size=VOCABULARY, max_position_embeddings=context)
+        self.config = SimpleNamespace(canvas_length=canvas_length, text=text)
+        self.options = GenerationOptions(
+            max_steps=8,
+            entropy_bound=0.1,
+            t_max=0.8,
+            t_min=0.4,
+            stability=1,
+            confidence=0.005,
+            end_tokens=(END,),
+            canvas_length=canvas_length,
+        )
+        self.script = script
+        self.canvases: list[mx.array] = []
+        self.conditions: list[mx.array | None] = []
+        self.temperatures: list[float] = []
+        self.draws: list[bool] = []
+        self.caches: list[ScriptedCache] = []
+
+    def make_cache(self) -> ScriptedCache:
+        self.caches.append(ScriptedCache())
+        return self.caches[-1]
+
+    def encode(self, tokens, cache, images=None, lengths=None):
+        cache.encoded.append(tokens.tolist())
+        cache.offset += tokens.shape[1]
+        return mx.zeros((*tokens.shape, 1))
+
+    def encode_chunks(self, tokens, cache, images=None, lengths=None):
+        yield tokens.shape[1], self.encode(tokens, cache)
+
+    def denoise(self, canvas, cache, self_conditioning=None):
+        step = len(self.canvases)
+        self.canvases.append(canvas)
+        self.conditions.append(self_conditioning)
+        return self.script[min(step, len(self.script) - 1)]
+
+    def read_vocabulary(self, hidden, temperature, key=None):
+        self.temperatures.append(temperature)
+        self.draws.append(key is not None)
+        processed = hidden / temperature
+        log_probabilities = processed - mx.logsumexp(processed, axis=-1, keepdims=True)
+        entropy = -(mx.exp(log_probabilities) * log_probabilities).sum(-1)
+        tokens = hidden.argmax(-1)
+        if key is None:
+            return vocabulary.Reading(tokens, None, entropy, None)
+        sample = vocabulary.sample_from(processed, key)
+        return vocabulary.Reading(tokens, sample, entropy, self.embed(tokens))
+
+    def embed(self, tokens):
+        return tokens[..., None].astype(mx.float32)
+
+
+@dataclass
+class BytePrompt:
+    tokens: list[int]
+
+
+class ByteProcessor:
+    def prompt(self, prompt, images=(), tools=(), thinking=False):
+        return BytePrompt(list(prompt.encode())) if isinstance(prompt, str) else BytePrompt(list(prompt))
+
+    def draft_text(self, tokens):
+        return bytes(tokens).decode("latin-1")
+
+    def parse(self, tokens):
+        return Reply(self.draft_text(tokens), "", [])
+
+    def reply_parser(self):
+        return SimpleNamespace(
+            feed=lambda tokens: [("text", self.draft_text(tokens))] if tokens else [], finish=lambda: []
+        )
+
+
+def sure(text: str, length: int, sharpness: float = 30.0, fill: int = END) -> mx.array:
+    """Logits [L, V] that are certain of `text`, then of `fill`."""
+    ids = [*text.encode(), *[fill] * length][:length]
+    return sharpness * (mx.arange(VOCABULARY) == mx.array(ids)[:, None]).astype(mx.float32)
+
+
+def unsure(length: int) -> mx.array:
+    return mx.zeros((length, VOCABULARY))
