@@ -1,0 +1,255 @@
+"""Text in and out: chat messages to token ids, token ids to replies."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .config import ModelConfig, read_json
+from .errors import CheckpointError, PromptError
+from .events import Reply
+from .messages import Message, normalize_messages
+from .replies import MARKERS, ReplyParser, reply_from_parts
+from .tools import Tool, tool_schemas
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from .images import ImageSource, PreparedImage
+
+IMAGE, IMAGE_BEGIN, IMAGE_END = "<|image|>", "<|image>", "<image|>"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model reads. `text` is the whole prompt, markers included; `images` are in the order of their tokens."""
+
+    text: str
+    tokens: list[int]
+    images: tuple[PreparedImage, ...] = ()
+
+
+class Processor:
+    """A checkpoint's tokenizer, chat template and image settings.
+
+    tokenizer: mlx-lm's wrapper.
+    image_budget: most soft tokens an image becomes, where a prompt does not say.
+    """
+
+    def __init__(self, tokenizer: TokenizerWrapper, config: ModelConfig, image_budget: int = 280) -> None:
+        self.tokenizer = tokenizer
+        self.image_budget = image_budget
+        self._config = config
+        vocabulary = tokenizer.get_vocab()
+        if tokenizer.bos_token is None and "<bos>" in vocabulary:
+            tokenizer.bos_token = "<bos>"  # without tokenizer_config.json; chat templates begin with it
+        special = {token: str(added) for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        named = {vocabulary[name]: name for name in MARKERS if name in vocabulary}
+        # Embeddings can be padded: the model knows ids there that the tokenizer does not. They read as nothing.
+        padding = dict.fromkeys(range(len(tokenizer), config.text.vocab_size), "")
+        self._special = padding | special | named
+
+    @classmethod
+    def from_directory(cls, directory: str | Path, config: ModelConfig) -> Processor:
+        """Read tokenizer, chat template and image settings from a checkpoint's `directory`. Raises CheckpointError."""
+        directory = Path(directory)
+        settings: dict[str, Any] = {}
+        for name in ("processor_config.json", "preprocessor_config.json"):
+            if not settings and (directory / name).exists():
+                content = read_json(directory / name)
+                settings = content.get("image_processor") or content
+        return cls(_load_tokenizer(directory), config, settings.get("max_soft_tokens") or 280)
+
+    def prompt(
+        self,
+        text_or_messages: str | Sequence[Message] | Sequence[int] | Prompt,
+        images: Sequence[ImageSource | PreparedImage] = (),
+        tools: Sequence[Tool] = (),
+        thinking: bool = False,
+        *,
+        image_budget: int | None = None,
+        allow_urls: bool = False,
+    ) -> Prompt:
+        """Render a prompt that ends where the model's reply begins.
+
+        text_or_messages: one user turn; chat messages; token ids, taken as they are; or a Prompt, returned as it is.
+        images: fill the image parts of the messages in order; before a plain string they come first.
+        tools: OpenAI-style schemas or typed Python functions.
+        image_budget: most soft tokens per image. allow_urls: fetch images from http(s).
+        Raises PromptError.
+        """
+        if isinstance(text_or_messages, Prompt) or _are_tokens(text_or_messages):
+            if images or tools or thinking:
+                raise PromptError("Images, tools and thinking belong to messages; this prompt is already in tokens.")
+            return text_or_messages if isinstance(text_or_messages, Prompt) else self._token_prompt(text_or_messages)
+        if isinstance(images, str | bytes | os.PathLike):
+            raise PromptError("`images` takes a list; put the image into one.")
+        messages = text_or_messages
+        if isinstance(messages, str):
+            parts = [*({"type": "image"} for _ in images), {"type": "text", "text": messages}]
+            messages = [{"role": "user", "content": parts if images else messages}]
+        if not isinstance(messages, Sequence) or isinstance(messages, Mapping | bytes):
+            raise PromptError(f"A prompt is text, a list of messages or of token ids, not a {type(messages).__name__}.")
+        normal, sources = normalize_messages(messages)
+        text = self._render(normal, tool_schemas(tools), thinking)
+        prepared = self._prepare_images(sources, images, image_budget or self.image_budget, allow_urls)
+        text = self._expand_images(text, prepared)
+        return Prompt(text, self._encode(text), prepared)
+
+    def raw_prompt(self, text: str) -> Prompt:
+        """`text` without a chat template, after the token that begins every document. Raises PromptError."""
+        if not isinstance(text, str):
+            raise PromptError(f"A raw prompt is text, not a {type(text).__name__}.")
+        text = (self.tokenizer.bos_token or "") + text
+        return Prompt(text, self._encode(text))
+
+    def parse(self, tokens: Sequence[int]) -> Reply:
+        """Take a finished reply apart. Any ids in the vocabulary will do: nothing raises."""
+        parser = self.reply_parser()
+        return reply_from_parts([*parser.feed(tokens), *parser.finish()])
+
+    def reply_parser(self) -> ReplyParser:
+        """A parser for one reply that arrives in pieces: `feed(tokens)` and at last `finish()`."""
+        return ReplyParser(self.tokenizer.detokenizer, self._special)
+
+    def draft_text(self, tokens: Sequence[int]) -> str:
+        """What `tokens` read as, for display: without special tokens and without halves of characters."""
+        detokenizer = self.tokenizer.detokenizer
+        for token in tokens:
+            if token not in self._special:
+                detokenizer.add_token(token)
+        detokenizer.finalize()
+        return detokenizer.text.replace("\ufffd", "")
+
+    def _token_prompt(self, tokens: Sequence[int]) -> Prompt:
+        self._check_vocabulary(tokens)
+        return Prompt(self.tokenizer.decode(list(tokens)), list(tokens))
+
+    def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], thinking: bool) -> str:
+        """The chat template's text for `messages`. Raises PromptError."""
+        from jinja2 import TemplateError
+
+        if not self.tokenizer.has_chat_template:
+            raise PromptError("This checkpoint has no chat template; give it raw text or add its chat_template.jinja.")
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools or None,
+                add_generation_prompt=True,
+                enable_thinking=bool(thinking),  # mlx-lm turns it on where it is not given
+                tokenize=False,
+            )
+        # Templates are programs: besides Jinja's own errors, whatever their expressions run into.
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise PromptError(f"The checkpoint's chat template cannot render these messages ({reason}).") from None
+        except RecursionError:
+            raise PromptError("The messages or tools are nested too deep for the chat template.") from None
+
+    def _prepare_images(
+        self, sources: list[Any], images: Sequence[Any], budget: int, allow_urls: bool
+    ) -> tuple[PreparedImage, ...]:
+        """Every image part's picture: its own source's, else the next of `images`. Raises PromptError."""
+        empty = sources.count(None)
+        if empty != len(images):
+            raise PromptError(
+                f"The messages have {empty} image parts to fill, and {len(images)} images were given; "
+                'add {"type": "image"} to a message for every image.'
+            )
+        if not sources:
+            return ()
+        vision = self._config.vision
+        if vision is None:
+            raise PromptError("This checkpoint cannot see images; use one with vision weights or leave them out.")
+        from .images import PreparedImage, prepare_image
+
+        rest = iter(images)
+        given = [next(rest) if source is None else source for source in sources]
+        return tuple(
+            source
+            if isinstance(source, PreparedImage)
+            else prepare_image(
+                source,
+                budget=budget,
+                patch_size=vision.patch_size,
+                pooling=vision.pooling_kernel_size,
+                allow_urls=allow_urls,
+            )
+            for source in given
+        )
+
+    def _expand_images(self, text: str, images: Sequence[PreparedImage]) -> str:
+        """Make room for the images: every place holder in `text` becomes as many as its image has soft tokens."""
+        if not images:
+            return text
+        pieces = text.split(IMAGE)
+        if len(pieces) != len(images) + 1:
+            raise PromptError(
+                f"The prompt has {len(pieces) - 1} places for {len(images)} images; leave {IMAGE} out of its text."
+            )
+        rooms = [f"{IMAGE_BEGIN}{IMAGE * image.soft_tokens}{IMAGE_END}" for image in images]
+        return pieces[0] + "".join(room + piece for room, piece in zip(rooms, pieces[1:], strict=True))
+
+    def _encode(self, text: str) -> list[int]:
+        # The template writes the beginning-of-document token, so the tokenizer must not.
+        tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        self._check_vocabulary(tokens)
+        return tokens
+
+    def _check_vocabulary(self, tokens: Sequence[int]) -> None:
+        if not tokens:
+            raise PromptError("The prompt is empty.")
+        size = self._config.text.vocab_size
+        outside = next((token for token in tokens if not 0 <= token < size), None)
+        if outside is not None:
+            raise PromptError(f"The prompt has the token id {outside}; this model's vocabulary ends at {size - 1}.")
+
+
+def _are_tokens(prompt: Any) -> bool:
+    if not isinstance(prompt, list | tuple) or not prompt:
+        return False
+    return all(isinstance(token, int) and not isinstance(token, bool) for token in prompt)
+
+
+def _load_tokenizer(directory: Path) -> TokenizerWrapper:
+    """The tokenizer in `directory`, from tokenizer.json or else a SentencePiece model. Raises CheckpointError."""
+    if not (directory / "tokenizer.json").exists() and not (directory / "tokenizer.model").exists():
+        raise CheckpointError(
+            f"{directory} has no tokenizer.json and no tokenizer.model; download the whole checkpoint."
+        )
+    from mlx_lm.tokenizer_utils import load
+
+    extra = {"trust_remote_code": False}  # or Transformers asks at the terminal
+    try:
+        if (directory / "tokenizer.json").exists():
+            return load(directory, extra)
+        with tempfile.TemporaryDirectory() as folder:
+            _convert_sentencepiece(directory, Path(folder))
+            return load(Path(folder), extra)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise CheckpointError(f"{directory}: the tokenizer cannot be read ({reason}); download it again.") from None
+
+
+def _convert_sentencepiece(directory: Path, folder: Path) -> None:
+    """Write the SentencePiece model of `directory` to `folder` as tokenizer.json, with its chat template and the
+    tokens that tokenizer_config.json adds at their ids. Raises CheckpointError.
+    """
+    # Not AutoTokenizer: the class that it picks for Gemma appends added tokens that replace an unused piece.
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    added = (read_json(path).get("added_tokens_decoder") or {}) if path.exists() else {}
+    for token, entry in added.items():
+        found = tokenizer.convert_tokens_to_ids(entry["content"])
+        if found != int(token):
+            raise CheckpointError(
+                f"{path} puts {entry['content']!r} at id {token}, and tokenizer.model has it at {found}; "
+                "use the two files of one checkpoint."
+            )
+    tokenizer.save_pretrained(folder)
