@@ -1,0 +1,72 @@
+"""Text in the cells of a terminal: what is safe to print, how wide it is, where its rows end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from rich.cells import get_character_cell_size
+
+Span = tuple[str, str]  # an escape sequence that sets a style, and text without control characters
+
+RESET = "\x1b[0m"
+JOINER, EMOJI_STYLE = "\u200d", "\ufe0f"
+TAB = "    "
+# Control characters as their pictures; what would turn, break or fail to encode a line as the replacement character.
+UNPRINTABLE: dict[int, int | str | None] = {
+    **{code: 0x2400 + code for code in range(0x20) if code not in b"\t\n"},
+    0x7F: 0x2421,
+    **dict.fromkeys(
+        [*range(0x80, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)], 0xFFFD
+    ),
+    **dict.fromkeys(range(0xD800, 0xE000), 0xFFFD),
+}
+
+
+class Row(NamedTuple):
+    """A row of a screen: its text, and the same with escape sequences for its styles."""
+
+    plain: str
+    painted: str
+
+
+def printable(text: str) -> str:
+    """`text` with every character that a terminal would obey made visible; line breaks and tabs stay."""
+    return text.replace("\r\n", "\n").translate(UNPRINTABLE)
+
+
+def clusters(text: str) -> Iterator[tuple[str, int]]:
+    """Characters that share their cells, such as a letter and its accents, and how many cells they take."""
+    cluster, width = "", 0
+    for character in text:
+        cells = 1 if " " <= character <= "~" else get_character_cell_size(character)
+        if cluster and cluster != "\n" and character != "\n" and (cells == 0 or cluster[-1] == JOINER):
+            cluster += character
+            width = 2 if character == EMOJI_STYLE else width
+            continue
+        if cluster:
+            yield cluster, width
+        cluster, width = character, cells
+    if cluster:
+        yield cluster, width
+
+
+def layout(spans: Iterable[Span], columns: int) -> list[Row]:
+    """Spans one after the other in rows of at most `columns` cells, broken at line breaks and where a row is full."""
+    rows: list[Row] = []
+    plain, painted, used, style = "", "", 0, ""
+    for wanted, text in spans:
+        if not text:
+            continue
+        if wanted != style:
+            painted += RESET + wanted
+            style = wanted
+        for cluster, width in clusters(text.expandtabs(len(TAB))):
+            if cluster == "\n" or used + width > columns:
+                rows.append(Row(plain, painted + RESET if style else painted))
+                plain, painted, used = "", style, 0
+            if cluster != "\n":
+                plain, painted, used = plain + cluster, painted + cluster, used + width
+    if plain or rows:
+        rows.append(Row(plain, painted + RESET if style else painted))
+    return rows

@@ -1,0 +1,299 @@
+"""A generation seen in a terminal: the reply on stdout, and on stderr the canvas while it is being denoised."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, TextIO
+
+from .events import Commit, Done, Draft, Event, Prefill, Stats
+from .layout import Row, Span, layout, printable
+
+if TYPE_CHECKING:
+    from .config import GenerationOptions
+
+Decode = Callable[[list[int]], str]
+Pieces = Callable[[Draft], list[str] | None]
+
+FRAME_SECONDS = 0.05
+NOISE = "\x1b[2m"
+# From cool to hot, each up to an entropy in nats; ln(vocabulary), 12.5, is the most there can be.
+HEAT = ((0.01, ""), (0.1, "\x1b[38;5;229m"), (0.5, "\x1b[38;5;221m"), (1.5, "\x1b[38;5;208m"), (20, "\x1b[38;5;196m"))
+
+
+def show(
+    events: Iterable[Event],
+    *,
+    live: bool | None = None,
+    heat: bool = False,
+    decode: Decode | None = None,
+    options: GenerationOptions | None = None,
+) -> Done:
+    """Play `events` to the end: the reply's text goes to stdout as it is committed, all else to stderr.
+
+    live: draw the canvas in place below the text; None: where stdout and stderr are both terminals and NO_COLOR is not
+    set. Otherwise a terminal on stderr gets one line of progress, and anything else nothing. heat: colour tokens by
+    their entropy. decode: the text of token ids (`processor.draft_text`), without which no token is coloured. options:
+    what the request runs with; lets the temperature be shown. On a terminal, the reply ends with a line break.
+    """
+    return play(events, live=live, heat=heat, pieces=TokenTexts(decode) if decode else None, options=options)
+
+
+def play(
+    events: Iterable[Event],
+    *,
+    live: bool | None,
+    heat: bool,
+    pieces: Pieces | None,
+    options: GenerationOptions | None = None,
+) -> Done:
+    """`show`, with a function that splits a draft's text into its tokens' texts, or gives None where it cannot."""
+    if live is None:
+        live = _can_draw(sys.stdout) and _can_draw(sys.stderr) and not os.environ.get("NO_COLOR")
+    view = _View(sys.stdout, sys.stderr, live=live, heat=heat, pieces=pieces, options=options)
+    done = Done("cancelled", Stats())
+    try:
+        for event in events:
+            view.take(event)
+            if isinstance(event, Done):
+                done = event
+    finally:
+        view.close()
+    return done
+
+
+def statistics_line(stats: Stats) -> str:
+    """What a request cost, in one line for people."""
+    prompt = f"prompt {_count(stats.prompt_tokens, 'token')}"
+    if stats.cached_tokens:
+        prompt += f" ({stats.cached_tokens} cached)"
+    parts = [
+        prompt + _rate(stats.prompt_tokens_per_second),
+        _count(stats.generated_tokens, "token") + _rate(stats.tokens_per_second),
+        f"{_count(len(stats.steps), 'canvas', 'canvases')}, {stats.steps_per_canvas:.1f} steps each",
+    ]
+    if stats.retries:
+        parts.append(_count(stats.retries, "retry", "retries"))
+    if stats.peak_memory_bytes:
+        gigabytes = stats.peak_memory_bytes / 1e9
+        parts.append(f"peak {gigabytes:.1f} GB" if gigabytes >= 1 else f"peak {gigabytes * 1000:.0f} MB")
+    return " · ".join(parts)
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def _rate(per_second: float) -> str:
+    if not per_second:
+        return ""
+    return f", {per_second:.0f} tok/s" if per_second >= 100 else f", {per_second:.1f} tok/s"
+
+
+def _can_draw(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+class TokenTexts:
+    """Splits a draft's text into its tokens' texts, so that tokens can be coloured; each id is decoded once."""
+
+    def __init__(self, decode: Decode):
+        self.decode = decode
+        self.known: dict[int, str] = {}
+
+    def __call__(self, draft: Draft) -> list[str] | None:
+        """A text per token, which join up to `draft.text`; None where the ids do not decode one by one."""
+        pieces: list[str] = []
+        parts: list[int] = []  # of a character that takes several tokens: they decode only together
+        for token in draft.tokens:
+            piece = self._text(token)
+            if piece and "\ufffd" not in piece:
+                pieces += [*self._together(parts), piece]
+                parts = []
+            else:
+                parts.append(token)
+        pieces += self._together(parts)
+        return _cut(pieces, draft.text)
+
+    def _text(self, token: int) -> str:
+        if token not in self.known:
+            self.known[token] = self.decode([token])
+        return self.known[token]
+
+    def _together(self, tokens: list[int]) -> list[str]:
+        return [self.decode(tokens)] + [""] * (len(tokens) - 1) if tokens else []
+
+
+def _cut(pieces: list[str], text: str) -> list[str] | None:
+    """`pieces` up to the end of `text`, where it begins what they join up to."""
+    if not "".join(pieces).startswith(text):
+        return None
+    cut, room = [], len(text)
+    for piece in pieces:
+        cut.append(piece[:room])
+        room -= len(cut[-1])
+    return cut
+
+
+class _View:
+    """What is on the screen: the reply's unfinished last line, the draft that continues it, and a status line."""
+
+    def __init__(
+        self,
+        out: TextIO,
+        err: TextIO,
+        *,
+        live: bool,
+        heat: bool,
+        pieces: Pieces | None,
+        options: GenerationOptions | None,
+    ):
+        self.out, self.live, self.heat, self.pieces, self.options = out, live, heat, pieces, options
+        self.region = _Region(err) if live or _can_draw(err) else None
+        self.tame = out.isatty()  # a terminal obeys control characters; a file gets the reply as it is
+        self.line = ""  # of the reply: not on stdout yet, so that the region can be drawn below what is
+        self.at_line_start = True
+        self.draft: Draft | None = None
+        self.steps = 0  # of the canvases before this one
+        self.drawn_at = 0.0
+        self.behind = False
+
+    def take(self, event: Event) -> None:
+        """Show an event."""
+        match event:
+            case Prefill(done, total):
+                self._refresh(f"prompt {done}/{total}")
+            case Draft():
+                self.draft = event
+                self._refresh(self._status(event))
+            case Commit():
+                if self.behind and self.draft:
+                    self._draw(self._status(self.draft))
+                self.steps += event.steps
+                self._write(event.text)
+
+    def close(self) -> None:
+        """Leave nothing but the reply on the screen, and the cursor on a new line."""
+        if self.region:
+            self.region.erase()
+        self._print(self.line)
+        self.line = ""
+        if self.tame and not self.at_line_start:
+            self._print("\n")
+        if self.region:
+            self.region.release()
+
+    def _write(self, text: str) -> None:
+        last = self.draft
+        self.draft = None
+        self.line += printable(text) if self.tame else text
+        whole = self.line.rfind("\n") + 1 if self.region and self.tame else len(self.line)
+        if whole and self.region:
+            self.region.erase()
+        self._print(self.line[:whole])
+        self.line = self.line[whole:]
+        if last:
+            self._draw(self._status(last))
+
+    def _print(self, text: str) -> None:
+        if text:
+            self.out.write(text)
+            self.out.flush()
+            self.at_line_start = text.endswith("\n")
+
+    def _refresh(self, status: str) -> None:
+        self.behind = time.monotonic() - self.drawn_at < FRAME_SECONDS
+        if not self.behind:
+            self._draw(status)
+
+    def _draw(self, status: str) -> None:
+        if not self.region:
+            return
+        columns, lines = self.region.size()
+        line = layout([("", self.line)], columns)
+        rows = layout(self._spans(), columns)
+        excess = max(len(rows) + 1 - lines, 0)  # the top of a long line gives way first, then the draft's end
+        rows = rows[min(excess, max(len(line) - 1, 0)) :][: lines - 1]
+        self.region.draw([*rows, *layout([("", status)], columns - 1)[:1]])
+        self.drawn_at, self.behind = time.monotonic(), False
+
+    def _spans(self) -> Iterator[Span]:
+        yield "", self.line
+        if not self.live or not self.draft:
+            return
+        pieces = self.pieces(self.draft) if self.pieces else None
+        if pieces is None:
+            yield "", printable(self.draft.text)
+            return
+        for piece, accepted, entropy in zip(pieces, self.draft.accepted, self.draft.entropy, strict=True):
+            yield self._style(accepted, entropy), printable(piece)
+
+    def _style(self, accepted: bool, entropy: float) -> str:
+        warmth = next((style for limit, style in HEAT if entropy <= limit), "") if self.heat else ""
+        return warmth if accepted else NOISE + warmth
+
+    def _status(self, draft: Draft) -> str:
+        parts = [f"canvas {draft.canvas + 1}", f"step {draft.step}/{draft.max_steps}"]
+        if self.options and self.options.t_min is not None and self.options.t_max is not None:
+            from .sampling import temperature
+
+            value = temperature(draft.step, draft.max_steps, self.options.t_min, self.options.t_max)
+            parts.append(f"temperature {value:.2f}")
+        parts.append(f"entropy {draft.mean_entropy:.3f}")
+        if self.steps:
+            parts.append(f"{self.steps + draft.step} steps so far")
+        return " · ".join(parts)
+
+
+class _Region:
+    """Rows at the bottom of a terminal that are replaced in place, each frame in one write.
+
+    The cursor stays at the end of the last row, and is hidden only within a frame: whatever ends the process, it is
+    there. Automatic wrapping is off within a frame, so that a character wider than expected cannot shift the rows.
+    """
+
+    BEGIN, END = "\x1b[?2026h\x1b[?25l", "\x1b[?25h\x1b[?2026l"
+    NO_WRAP, WRAP = "\x1b[?7l", "\x1b[?7h"
+    ERASE_ROW, ERASE_BELOW = "\x1b[K", "\x1b[J"
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        self.rows: list[Row] = []
+        self.columns = 0
+
+    def size(self) -> tuple[int, int]:
+        """Columns and lines of the terminal."""
+        try:
+            columns, lines = os.get_terminal_size(self.stream.fileno())
+        except OSError:
+            columns, lines = 80, 24
+        return max(columns, 2), max(lines, 2)
+
+    def draw(self, rows: list[Row]) -> None:
+        """Replace what is there."""
+        body = "\r\n".join(self.ERASE_ROW + row.painted for row in rows)
+        self._send(self.BEGIN + self._to_top() + self.NO_WRAP + body + self.ERASE_BELOW + self.WRAP + self.END)
+        self.rows, self.columns = rows, self.size()[0]
+
+    def erase(self) -> None:
+        """Take the rows away, to write something above the next ones; the screen shows it with the next `draw`."""
+        self._send(self.BEGIN + self._to_top() + self.ERASE_BELOW)
+        self.rows = []
+
+    def release(self) -> None:
+        """Let the screen show what it holds, with the cursor on it."""
+        self._send(self.WRAP + self.END)
+
+    def _to_top(self) -> str:
+        columns, lines = self.size()
+        height = len(self.rows)
+        if columns < self.columns:  # the terminal has wrapped the rows since
+            height = sum(len(layout([("", row.plain)], columns)) or 1 for row in self.rows)
+        up = min(height, lines) - 1
+        return f"\r\x1b[{up}A" if up > 0 else "\r"
+
+    def _send(self, text: str) -> None:
+        self.stream.write(text)
+        self.stream.flush()
