@@ -105,7 +105,7 @@ def test_the_context_ends_a_reply():
     model = ScriptedModel([sure("ABCDEFGH", LENGTH)[None]], LENGTH, context=20)
     result = generate(model, ByteProcessor(), "qqqq")
     assert result.text == "ABCDEFGH" * 2 and result.finish_reason == "length"
-    with pytest.raises(PromptError, match="13 tokens.*at most 12"):
+    with pytest.raises(PromptError, match=r"13 tokens.*at most 12"):
         generate(model, ByteProcessor(), "q" * 13)
 
 

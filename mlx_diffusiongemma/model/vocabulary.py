@@ -14,8 +14,8 @@ import mlx.nn as nn
 
 from .layers import fuse_elementwise
 
-# A block's float32 logits, in bytes; three arrays of this size are alive at once.
-BLOCK_BUDGET = 16 * 2**20
+# A block's float32 logits, in bytes. About ten arrays of this size are alive at once where nothing is fused.
+BLOCK_BUDGET = 8 * 2**20
 # Tokens whose probabilities are summed before one of them is drawn; see `_draw`.
 GROUP = 32
 
