@@ -1,1 +1,31 @@
-"""Published checkpoints become quantized MLX arrays."""
+"""Published checkpoints become quantized MLX arrays.
+
+Imported on first use, so that reading the recipes' names and sizes costs no import of MLX.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .conversion import convert_checkpoint, plan_conversion, plan_tensors
+    from .plan import Plan
+    from .quantization import RECIPES
+    from .report import ConversionReport
+
+_HOMES = {
+    "conversion": ("convert_checkpoint", "plan_conversion", "plan_tensors"),
+    "plan": ("Plan",),
+    "quantization": ("RECIPES",),
+    "report": ("ConversionReport",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = ["RECIPES", "ConversionReport", "Plan", "convert_checkpoint", "plan_conversion", "plan_tensors"]
+
+
+def __getattr__(name: str):
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)

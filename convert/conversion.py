@@ -1,0 +1,198 @@
+"""From a source and its options to a directory that loads here and in mlx-vlm."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .. import __version__
+from ..config import ModelConfig, read_json
+from ..errors import CheckpointError
+from . import hub
+from .headers import Entry, read_checkpoint_headers
+from .packaging import CARD, check_tokenizer, write_card, write_companions
+from .partial import Partial, open_partial, write_json
+from .plan import DTYPES, Plan, make_plan
+from .quantization import AUTO, Bits, Scheme, make_scheme
+from .reader import Reader
+from .report import REPORT, ConversionReport
+from .writer import write_shard
+
+Progress = Callable[[int, int, str], None]
+DISK_MARGIN = 64 << 20  # bytes, for what is not weights
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to convert: `directory` has its files, `repository` its name on the hub if it came from there."""
+
+    directory: Path
+    entries: Mapping[str, Entry]
+    repository: str | None = None
+
+
+def convert_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    *,
+    bits: Bits = AUTO,
+    group_size: int | None = None,
+    mode: str = "affine",
+    recipe: str = "community",
+    overrides: Mapping[str, str] | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    allow_nan: bool = False,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Convert the checkpoint in a directory or hub repository to MLX arrays in the new directory `out`.
+
+    bits: for the modules the recipe leaves to the caller; "auto" is the recipe's own and keeps NVFP4 codes, None
+    quantizes nothing. group_size: None is the mode's own. overrides: patterns of module paths → bits, a mode or "none".
+    dtype: bfloat16, float16 or float32; None is the checkpoint's. revision: of a repository. allow_nan: convert weights
+    that are not finite too. progress: called with bytes done, bytes in all and the name of the tensor at work.
+
+    `out` appears only when whole; until then its files are in `out`.partial, which an error removes and an interruption
+    leaves if there are finished shards to resume from. Raises CheckpointError; KeyboardInterrupt passes through.
+    """
+    started = time.monotonic()
+    out = Path(out).expanduser().absolute()
+    scheme = make_scheme(bits, group_size, mode, recipe, overrides)
+    _check_target(out)
+    found = _find(source, revision, weights=True)
+    plan = _plan(found, scheme, dtype)
+    check_tokenizer(found.directory)
+    with open_partial(out, _fingerprint(found, plan, allow_nan)) as partial:
+        resumed = len(partial.finished)
+        _check_disk(plan, partial)
+        with Reader(found.directory, allow_nan) as reader:
+            _write_shards(plan, partial, reader, progress)
+        files = {name: partial.finished[name]["sha256"] for name in plan.shard_names}
+        report = ConversionReport(out, plan, files, time.monotonic() - started, resumed)
+        _write_rest(found, report, partial)
+        partial.publish()
+    return report
+
+
+def plan_conversion(
+    source: str | Path,
+    *,
+    bits: Bits = AUTO,
+    group_size: int | None = None,
+    mode: str = "affine",
+    recipe: str = "community",
+    overrides: Mapping[str, str] | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+) -> Plan:
+    """What `convert_checkpoint` would write with the same arguments. Of a repository only the small files and the
+    headers of the large ones are read. Raises CheckpointError.
+    """
+    scheme = make_scheme(bits, group_size, mode, recipe, overrides)
+    return _plan(_find(source, revision, weights=False), scheme, dtype)
+
+
+def plan_tensors(
+    tensors: Iterable[tuple[str, tuple[int, ...], str]], config: Mapping[str, Any], scheme: Scheme | None = None
+) -> Plan:
+    """The plan for a checkpoint that exists as a list of (name, shape, safetensors dtype) and a config.json only."""
+    entries = [Entry(name, dtype, tuple(shape)) for name, shape, dtype in tensors]
+    return make_plan(entries, ModelConfig.from_dict(dict(config)), scheme or make_scheme(), _dtype(config, None))
+
+
+def _find(source: str | Path, revision: str | None, weights: bool) -> Source:
+    if not hub.is_repository(source):
+        directory = Path(source).expanduser()
+        ModelConfig.from_directory(directory)  # says most plainly what is wrong with another model's directory
+        return Source(directory, read_checkpoint_headers(directory))
+    repository = str(source)
+    directory = hub.download(repository, revision, weights)
+    ModelConfig.from_directory(directory)
+    entries = read_checkpoint_headers(directory) if weights else hub.remote_headers(repository, directory.name)
+    return Source(directory, entries, repository)
+
+
+def _plan(source: Source, scheme: Scheme, dtype: str | None) -> Plan:
+    config = read_json(source.directory / "config.json")
+    return make_plan(source.entries.values(), ModelConfig.from_dict(config), scheme, _dtype(config, dtype))
+
+
+def _dtype(config: Mapping[str, Any], asked: str | None) -> str:
+    """The asked dtype or the checkpoint's own, in full."""
+    text = config.get("text_config") or {}
+    own = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "bfloat16"
+    dtype = asked or str(own).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise CheckpointError(f"Weights cannot be written as {dtype!r}; choose bfloat16, float16 or float32.")
+    return next(name for name, spelling in DTYPES.items() if spelling == DTYPES[dtype])
+
+
+def _check_target(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise CheckpointError(f"{out} exists already; choose another name or delete it.")
+    if not out.parent.is_dir():
+        raise CheckpointError(f"There is no directory {out.parent} to write {out.name} in; create it first.")
+
+
+def _check_disk(plan: Plan, partial: Partial) -> None:
+    finished = sum((partial.path / name).stat().st_size for name in partial.finished)
+    needed = plan.file_bytes - finished + DISK_MARGIN
+    free = shutil.disk_usage(partial.path).free
+    if needed > free:
+        raise CheckpointError(
+            f"{partial.out.parent} has {free / 1e9:.1f} GB free and the conversion needs {needed / 1e9:.1f}; "
+            "free some space or choose another disk."
+        )
+
+
+def _write_shards(plan: Plan, partial: Partial, reader: Reader, progress: Progress | None) -> None:
+    done = 0
+
+    def tick(count: int, tensor: str) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress(done, plan.total_bytes, tensor)
+
+    # Freed buffers of one slab would otherwise wait for another of the same size.
+    cache_limit = mx.set_cache_limit(0)
+    try:
+        for name, jobs in zip(plan.shard_names, plan.shards, strict=True):
+            if name in partial.finished:
+                tick(sum(job.nbytes for job in jobs), name)
+                continue
+            sha256 = write_shard(partial.path / name, jobs, reader, DTYPES[plan.dtype], tick)
+            partial.finish(name, {"sha256": sha256})
+    except OSError as error:
+        raise CheckpointError(f"{partial.path} cannot be written ({error.strerror}); free some space.") from None
+    finally:
+        mx.set_cache_limit(cache_limit)
+
+
+def _write_rest(source: Source, report: ConversionReport, partial: Partial) -> None:
+    write_companions(source.directory, partial.path, report.plan)
+    write_json(partial.path / REPORT, report.to_dict())
+    write_card(partial.path, report.plan, source.directory / CARD, source.repository, "")
+
+
+def _fingerprint(source: Source, plan: Plan, allow_nan: bool) -> str:
+    """Equal exactly when finished shards of an earlier run are what this one would write."""
+    files = sorted({entry.file for entry in source.entries.values()})
+    stats = [(source.directory / file).stat() for file in files]
+    content = {
+        "versions": [__version__, mx.__version__],
+        "source": [[file, stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)],
+        "tensors": [[output.name, output.dtype, output.shape] for output in plan.tensors],
+        "modules": [repr(job.quantization) for job in plan.jobs],
+        "shards": plan.shard_names,
+        "allow_nan": allow_nan,
+    }
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -1,0 +1,251 @@
+"""What a conversion will write, computed from names and shapes alone: tensors, files, sizes, memory to run."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..config import ModelConfig, Quantization
+from ..errors import CheckpointError
+from .headers import ITEM_BYTES, Entry, write_header
+from .names import GROUPS, group_of
+from .quantization import NVFP4, RECIPES, Scheme, matches
+from .sources import Weight, describe, find_weights, some
+
+SHARD_BYTES = 5_000_000_000
+CONTEXT = 8192  # tokens, for the memory needed to run
+DTYPES = {
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "float32": "F32",
+    **{"bf16": "BF16", "fp16": "F16", "fp32": "F32"},
+}
+
+
+@dataclass(frozen=True)
+class Output:
+    """A tensor to write; `dtype` in safetensors' spelling."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One weight and what becomes of it. `quantization` None: stored in the plan's dtype.
+
+    is_carried: its codes are already what they should become and are copied bit for bit.
+    """
+
+    weight: Weight
+    group: str
+    quantization: Quantization | None
+    outputs: tuple[Output, ...]
+    is_carried: bool
+
+    @property
+    def nbytes(self) -> int:
+        return sum(output.nbytes for output in self.outputs)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a conversion writes, before it starts. Sizes are bytes."""
+
+    config: ModelConfig
+    source: str
+    scheme: Scheme
+    dtype: str
+    shards: tuple[tuple[Job, ...], ...]
+    unquantized: tuple[str, ...]
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [job for shard in self.shards for job in shard]
+
+    @property
+    def tensors(self) -> list[Output]:
+        return [output for job in self.jobs for output in job.outputs]
+
+    @cached_property
+    def total_bytes(self) -> int:
+        """Of all tensors, which is also what the index calls `total_size`."""
+        return sum(job.nbytes for job in self.jobs)
+
+    @cached_property
+    def group_bytes(self) -> dict[str, int]:
+        sizes: dict[str, int] = defaultdict(int)
+        for job in self.jobs:
+            sizes[job.group] += job.nbytes
+        return {group: sizes[group] for group in GROUPS if group in sizes}
+
+    @property
+    def shard_names(self) -> list[str]:
+        count = len(self.shards)
+        if count == 1:
+            return ["model.safetensors"]
+        return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+    @cached_property
+    def file_bytes(self) -> int:
+        """Of all weight files, headers included."""
+        return self.total_bytes + sum(len(shard_header(shard)) for shard in self.shards)
+
+    @property
+    def default_quantization(self) -> Quantization | None:
+        """The one that config.json names for the whole model; None when nothing is quantized."""
+        if self.scheme.asked and any(job.quantization == self.scheme.asked for job in self.jobs):
+            return self.scheme.asked
+        return next((job.quantization for job in self.jobs if job.quantization), None)
+
+    def running_bytes(self, context: int = CONTEXT) -> int:
+        """Memory for the weights, the K/V of `context` tokens and one denoising step: about, not to the byte."""
+        text, canvas = self.config.text, self.config.canvas_length
+        cached = sum(
+            2
+            * ITEM_BYTES["BF16"]
+            * layer.num_key_value_heads
+            * layer.head_dim
+            * ((min(context, text.sliding_window) if layer.is_sliding else context) + canvas)
+            for layer in text.layers
+        )
+        scores = 4 * text.num_attention_heads * canvas * (context + canvas)  # float32, one layer at a time
+        experts = ITEM_BYTES["BF16"] * canvas * text.top_k_experts * (3 * text.moe_intermediate_size + text.hidden_size)
+        vocabulary = 4 * canvas * 3 * min(text.vocab_size, 32_768)  # float32, block by block
+        return self.total_bytes + cached + max(scores, vocabulary) + experts
+
+    def to_text(self) -> str:
+        """The plan as a person reads it."""
+        lines = [f"Source        {self.source}", f"Recipe        {self._recipe_text()}", ""]
+        bits = self._group_bits()
+        for group, size in self.group_bytes.items():
+            lines.append(f"  {group:<20} {size / 1e9:>9.3f} GB   {bits[group]}")
+        count = f"{len(self.tensors):,} tensors, {self.total_bytes:,} bytes"
+        lines += [
+            f"  {'total':<20} {self.total_bytes / 1e9:>9.3f} GB   {count}",
+            "",
+            f"Files         {len(self.shards)}, {self.file_bytes / 1e9:.2f} GB",
+            f"To run        about {self.running_bytes() / 1e9:.1f} GB with {CONTEXT:,} tokens of context: "
+            f"{fitting_mac(self.running_bytes())}",
+        ]
+        if self.unquantized:
+            lines.append(
+                f"Unquantized   {some(list(self.unquantized))}: the group size does not divide their input dimension"
+            )
+        return "\n".join(lines)
+
+    def _recipe_text(self) -> str:
+        if self.default_quantization is None:
+            return f"none, all {self.dtype}"
+        return f"{self.scheme.recipe}: {RECIPES[self.scheme.recipe].summary}"
+
+    def _group_bits(self) -> dict[str, str]:
+        found: dict[str, dict[str, None]] = defaultdict(dict)
+        for job in self.jobs:
+            if len(job.weight.shape) > 1:
+                found[job.group][_label(job.quantization, self.dtype)] = None
+        return {group: ", ".join(found[group]) or self.dtype for group in self.group_bytes}
+
+
+def make_plan(entries: Iterable[Entry], config: ModelConfig, scheme: Scheme, dtype: str) -> Plan:
+    """The plan for a checkpoint that holds `entries`. `dtype` is a key of DTYPES. Raises CheckpointError."""
+    weights = find_weights(entries, config)
+    _check_overrides(scheme, weights)
+    jobs, unquantized = [], []
+    for weight in weights:
+        job = _job(weight, scheme, DTYPES[dtype])
+        wanted = _wanted(weight, scheme)
+        if wanted and not job.quantization:
+            unquantized.append(weight.path)
+        jobs.append(job)
+    # In the order in which a source read file by file completes them, so that a file can go once it is used up.
+    jobs.sort(key=lambda job: max(entry.file for entry in job.weight.entries))
+    return Plan(config, describe(weights), scheme, dtype, _shards(jobs), tuple(unquantized))
+
+
+def shard_header(jobs: Iterable[Job]) -> bytes:
+    """The header of the file that holds the outputs of `jobs`."""
+    return write_header((o.name, o.dtype, o.shape) for job in jobs for o in job.outputs)
+
+
+# Memory of Macs in GiB, and the part of it that macOS lets the GPU use unless told otherwise.
+ROOM = 1.05
+MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
+
+
+def gpu_limit(gib: int) -> int:
+    """Bytes that the GPU of a Mac with `gib` GiB may use by default."""
+    return gib * (2 << 30) // 3 if gib < 36 else gib * (3 << 30) // 4
+
+
+def fitting_mac(nbytes: int) -> str:
+    """The smallest Mac that runs it with a little room, and a smaller one that would with its limit raised."""
+    fits = next((gib for gib in MACS if nbytes * ROOM <= gpu_limit(gib)), None)
+    if fits is None:
+        return f"more than the GPU of a {MACS[-1]} GB Mac may use"
+    text = f"fits Macs from {fits} GB"
+    tight = next(gib for gib in MACS if nbytes <= gib * (1 << 30) * 7 // 8)
+    if tight < fits:
+        text += f", or {tight} GB after `sudo sysctl iogpu.wired_limit_mb={-(-nbytes // 10**8) * 100}`"
+    return text
+
+
+def _wanted(weight: Weight, scheme: Scheme) -> Quantization | None:
+    if not weight.name.endswith(".weight") or len(weight.shape) < 2:
+        return None
+    return scheme.for_module(weight.path, group_of(weight.path), weight.quantization == NVFP4)
+
+
+def _job(weight: Weight, scheme: Scheme, dtype: str) -> Job:
+    group, wanted = group_of(weight.path), _wanted(weight, scheme)
+    if wanted is None or weight.columns % wanted.group_size:
+        return Job(weight, group, None, (Output(weight.name, dtype, weight.shape),), False)
+    is_carried = weight.quantization == wanted
+    rows, groups = weight.shape[:-1], weight.columns // wanted.group_size
+    outputs = [Output(weight.name, "U32", (*rows, weight.columns * wanted.bits // 32))]
+    scales = dtype if wanted.mode == "affine" else "U8"
+    outputs.append(Output(f"{weight.path}.scales", scales, (*rows, groups)))
+    if wanted.mode == "affine":
+        outputs.append(Output(f"{weight.path}.biases", scales, (*rows, groups)))
+    if is_carried and any("weight_scale_2" in piece.stored.entries for piece in weight.pieces):
+        # gate and up keep their own factors, so theirs is per row, and elsewhere there is one per matrix
+        shape = rows if weight.path.endswith("gate_up_proj") else rows[:-1]
+        outputs.append(Output(f"{weight.path}.weight_scale_2", "F32", shape))
+    return Job(weight, group, wanted, tuple(outputs), is_carried)
+
+
+def _shards(jobs: list[Job]) -> tuple[tuple[Job, ...], ...]:
+    shards: list[list[Job]] = []
+    size = SHARD_BYTES
+    for job in jobs:
+        needed = job.nbytes + 512 * len(job.outputs)  # with its part of the header
+        if size + needed > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(job)
+        size += needed
+    return tuple(tuple(shard) for shard in shards)
+
+
+def _check_overrides(scheme: Scheme, weights: list[Weight]) -> None:
+    for pattern, _ in scheme.overrides:
+        if not any(matches(weight.path, pattern) for weight in weights if len(weight.shape) > 1):
+            raise CheckpointError(
+                f"No module is called {pattern!r}; give a pattern such as 'layers.0.*' or 'layers.*.self_attn.v_proj'."
+            )
+
+
+def _label(quantization: Quantization | None, dtype: str) -> str:
+    if quantization is None:
+        return dtype
+    if quantization.mode == "affine":
+        return f"{quantization.bits}-bit, group size {quantization.group_size}"
+    return quantization.mode

@@ -1,0 +1,119 @@
+"""Stored rows become arrays: slices by `pread`, checked for NaN and decoded, never a whole tensor and never mapped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import CheckpointError
+from .headers import ITEM_BYTES, Entry, read_header
+from .sources import Piece, Stored, Weight
+
+SLAB_BYTES = 32 << 20  # decoded values read at a time
+CHECK_ITEMS = 1 << 18  # values checked at a time: they stay in the processor's cache
+MX_DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U32": mx.uint32, "U8": mx.uint8}
+MX_DTYPES["F8_E4M3"] = mx.uint8
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+# The bits that are all set in a value that is not finite.
+NOT_FINITE = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F80_0000, "F8_E4M3": 0x7F}
+
+
+class Reader:
+    """Reads the tensors of the safetensors files in a directory; `close` it, or use it in a `with` statement."""
+
+    def __init__(self, directory: Path, allow_nan: bool = False) -> None:
+        self.directory = directory
+        self.allow_nan = allow_nan
+        self._files: dict[str, tuple[int, int]] = {}  # name → descriptor, first byte of the data
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for name in list(self._files):
+            self.release(name)
+
+    def release(self, name: str) -> None:
+        """Close the file called `name` if it is open."""
+        if name in self._files:
+            os.close(self._files.pop(name)[0])
+
+    def rows(self, entry: Entry, first: int, count: int) -> mx.array:
+        """Rows [first, first + count) of a stored tensor, [count, columns]; FP8 as uint8.
+
+        Raises CheckpointError when the file ends early or a value is not finite.
+        """
+        columns = entry.shape[-1] if entry.shape else 1
+        values = np.empty(count * columns, UNSIGNED[ITEM_BYTES[entry.dtype]])
+        self._fill(entry, first * columns * ITEM_BYTES[entry.dtype], values)
+        if not self.allow_nan and entry.dtype in NOT_FINITE and not _is_finite(values, NOT_FINITE[entry.dtype]):
+            raise CheckpointError(
+                f"{entry.file}: {entry.name} holds NaN or infinite values; use another checkpoint, or allow them "
+                "(--allow-nan) if you know why they are there."
+            )
+        return mx.array(values).view(MX_DTYPES[entry.dtype]).reshape(count, columns)
+
+    def row_scales(self, entry: Entry, stored: Stored, first: int, count: int) -> mx.array:
+        """A scale that holds for one or more whole rows of `stored`, as float32 [count, 1]."""
+        size = entry.nbytes // ITEM_BYTES[entry.dtype]
+        flat = Entry(entry.name, entry.dtype, (size, 1), entry.file, entry.begin)
+        rows_each = stored.rows // size
+        low, high = first // rows_each, (first + count - 1) // rows_each + 1
+        index = (mx.arange(first, first + count) // rows_each) - low
+        return self.rows(flat, low, high - low).astype(mx.float32)[index]
+
+    def decoded(self, piece: Piece, first: int, count: int, dtype: mx.Dtype) -> mx.array:
+        """Rows [first, first + count) of a piece as plain values, [count, columns]."""
+        stored = piece.stored
+        values = DECODERS[stored.encoding](self, stored, piece.first + first, count)
+        narrowed = values.astype(dtype)
+        if dtype == mx.float16 and values.dtype != dtype and not self.allow_nan and not mx.isfinite(narrowed).all():
+            raise CheckpointError(f"{stored.weight.name} has values beyond float16's range; keep bfloat16 or float32.")
+        return narrowed
+
+    def _fill(self, entry: Entry, offset: int, values: np.ndarray) -> None:
+        if entry.file not in self._files:
+            self._files[entry.file] = self._open(entry.file)
+        descriptor, data = self._files[entry.file]
+        view, position = memoryview(values).cast("B"), data + entry.begin + offset
+        while view:
+            got = os.preadv(descriptor, [view], position)
+            if got == 0:
+                raise CheckpointError(f"{entry.file} ends inside {entry.name}; download it again.")
+            view, position = view[got:], position + got
+
+    def _open(self, name: str) -> tuple[int, int]:
+        path = self.directory / name
+        _, data = read_header(path)
+        return os.open(path, os.O_RDONLY), data
+
+
+def slabs(weight: Weight) -> Iterator[tuple[Piece, int, int]]:
+    """The rows of `weight` in order, as (piece, first row within it, number of rows) of bounded size."""
+    limit = max(1, SLAB_BYTES // (2 * weight.columns))
+    for piece in weight.pieces:
+        for first in range(0, piece.rows, limit):
+            yield piece, first, min(limit, piece.rows - first)
+
+
+def _plain(reader: Reader, stored: Stored, first: int, count: int) -> mx.array:
+    return reader.rows(stored.weight, first, count)
+
+
+DECODERS = {"plain": _plain}
+
+
+def _is_finite(values: np.ndarray, mask: int) -> bool:
+    bits = np.empty(min(values.size, CHECK_ITEMS), values.dtype)
+    for first in range(0, values.size, CHECK_ITEMS):
+        part = values[first : first + CHECK_ITEMS]
+        if np.bitwise_and(part, values.dtype.type(mask), out=bits[: part.size]).max() == mask:
+            return False
+    return True

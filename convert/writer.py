@@ -1,0 +1,80 @@
+"""Safetensors files written as a stream: header first, then every tensor's bytes in order, hashed on the way out."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from ..config import Quantization
+from .plan import Job, shard_header
+from .reader import MX_DTYPES, Reader, slabs
+
+Arrays = tuple[mx.array, ...]
+
+
+def write_shard(path: Path, jobs: Sequence[Job], reader: Reader, dtype: str, tick: Callable[[int, str], None]) -> str:
+    """Write the file at `path` with the outputs of `jobs`; returns its SHA-256.
+
+    dtype: of what stays unquantized and of affine scales, in safetensors' spelling. tick: called with the bytes just
+    written and the tensor's name. The file is on the disk when this returns.
+    """
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        header = shard_header(jobs)
+        file.write(header)
+        digest.update(header)
+        for job in jobs:
+            for part in job_bytes(job, reader, MX_DTYPES[dtype]):
+                file.write(part)
+                digest.update(part)
+                tick(part.nbytes, job.weight.name)
+        file.flush()
+        os.fsync(file.fileno())
+    return digest.hexdigest()
+
+
+def job_bytes(job: Job, reader: Reader, dtype: mx.Dtype) -> Iterator[memoryview]:
+    """The bytes of the job's outputs, one output after the other.
+
+    The first (the weight) is passed on slab by slab; the others, an eighth of its size or less, are kept until then.
+    """
+    kept: list[Arrays] = []
+    for first, *rest in _one_ahead(_encoded(job, reader, dtype)):
+        yield _as_bytes(first)
+        kept.append(tuple(rest))
+    for arrays in zip(*kept, strict=True):
+        for array in arrays:
+            yield _as_bytes(array)
+
+
+def quantize(values: mx.array, quantization: Quantization) -> Arrays:
+    """(weight, scales) and, in affine mode, biases of `values` [rows, columns]."""
+    return tuple(mx.quantize(values, quantization.group_size, quantization.bits, quantization.mode))
+
+
+def _encoded(job: Job, reader: Reader, dtype: mx.Dtype) -> Iterator[Arrays]:
+    """The arrays of every slab, in the order of the job's outputs, not evaluated yet."""
+    for piece, first, count in slabs(job.weight):
+        values = reader.decoded(piece, first, count, dtype)
+        yield (values,) if job.quantization is None else quantize(values, job.quantization)
+
+
+def _one_ahead(slabs: Iterable[Arrays]) -> Iterator[Arrays]:
+    """The same arrays, each started before the one before it is handed out: MLX works while we read and write."""
+    pending = None
+    for arrays in slabs:
+        mx.async_eval(arrays)
+        if pending is not None:
+            yield pending
+        pending = arrays
+    if pending is not None:
+        yield pending
+
+
+def _as_bytes(array: mx.array) -> memoryview:
+    return memoryview(np.array(array.view(mx.uint8), copy=False)).cast("B")
