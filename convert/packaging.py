@@ -105,7 +105,7 @@ mlx-dg generate --model . "Why is the sky blue?"
 ```
 
 ```
-{plan.to_text()}
+{plan.render()}
 ```
 
 {evidence}"""

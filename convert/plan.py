@@ -122,7 +122,7 @@ class Plan:
         vocabulary = 4 * canvas * 3 * min(text.vocab_size, 32_768)  # float32, block by block
         return self.total_bytes + cached + max(scores, vocabulary) + experts
 
-    def to_text(self) -> str:
+    def render(self) -> str:
         """The plan as a person reads it."""
         lines = [f"Source        {self.source}", f"Recipe        {self._recipe_text()}", ""]
         bits = self._group_bits()

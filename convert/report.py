@@ -37,6 +37,6 @@ class ConversionReport:
             "sha256": self.files,
         }
 
-    def to_text(self) -> str:
+    def render(self) -> str:
         """The report as a person reads it."""
-        return f"{self.plan.to_text()}\n\nWritten to {self.out} in {self.seconds:.0f} s."
+        return f"{self.plan.render()}\n\nWritten to {self.out} in {self.seconds:.0f} s."

@@ -119,7 +119,7 @@ def test_modules_that_the_group_size_does_not_divide_stay_whole(tmp_path):
     tensors = all_tensors(report.out)
     assert "model.decoder.layers.0.experts.down_proj.scales" not in tensors
     assert tensors["model.decoder.layers.0.experts.down_proj.weight"][0] == "BF16"
-    assert "model.decoder.layers.0.experts.down_proj" in report.to_text()
+    assert "model.decoder.layers.0.experts.down_proj" in report.render()
 
 
 def test_tied_duplicates_are_dropped(converted, tmp_path):

@@ -49,7 +49,7 @@ def test_files_stay_below_their_limit(plan):
 
 def test_groups_add_up_and_text_names_them(plan):
     assert sum(plan.group_bytes.values()) == plan.total_bytes
-    text = plan.to_text()
+    text = plan.render()
     for group in ("experts", "embedding", "attention", "dense MLP", "router", "self-conditioning", "vision tower"):
         assert re.search(rf"{group} +\d+\.\d+ GB", text)
     assert "1,647 tensors, 16,542,844,632 bytes" in text

@@ -33,7 +33,7 @@ def write_synthetic(directory: Path, layers: int) -> None:
     directory.mkdir(parents=True)
     config = true_config()
     config["text_config"]["num_hidden_layers"] = layers
-    config["text_config"]["layer_types"] = config["text_config"]["layer_types"][:layers]
+    config["text_config"]["layer_types"] = config["text_config"]["layer_types"][-layers:]
     (directory / "config.json").write_text(json.dumps(config))
     for path in DEMO.iterdir():
         if path.suffix != ".safetensors" and path.name != "config.json":
