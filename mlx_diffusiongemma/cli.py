@@ -6,6 +6,8 @@ Everything heavy is imported inside the verbs, so that `--help` answers at once.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,11 +17,11 @@ from typer.core import TyperGroup
 from .errors import DiffusionGemmaError, PromptError
 
 if TYPE_CHECKING:
-    from .config import GenerationOptions
     from .model.diffusion_gemma import DiffusionGemma
-    from .processor import Processor, Prompt
+    from .processor import Processor
 
 OFFICIAL = "google/diffusiongemma-26B-A4B-it"
+DEMO_TASKS = ("sort 53142", "reverse canvas", "json name=ada age=36", "solve 42.3/3.24/1.../2.31", "count from 17")
 READY_MADE = "mlx-community/diffusiongemma-26B-A4B-it-4bit"
 
 
@@ -105,13 +107,13 @@ def convert(
     chosen = [4] * q4 + [8] * q8 + [bits] * (bits is not None)
     if len(chosen) > 1:
         raise typer.BadParameter("give one of --q4, --q8 and --bits")
-    width = chosen[0] if chosen else 4 if quantize or mode != "affine" else None
+    if dequantize and (chosen or quantize):
+        raise typer.BadParameter("--dequantize leaves no bits to choose")
+    width = None if dequantize else chosen[0] if chosen else "auto"
     source = source or hf_path or OFFICIAL
-    settings = {"bits": width, "mode": mode, "dtype": dtype, "revision": revision}
-    if group_size is not None:
-        settings["group_size"] = group_size
+    settings = {"bits": width, "group_size": group_size, "mode": mode, "dtype": dtype, "revision": revision}
     if dry_run:
-        typer.echo(plan_conversion(source, **settings).render())
+        typer.echo(plan_conversion(source, **settings).to_text())
         return
     suffix = f"{width}bit" if width else "mlx"
     out = (
@@ -121,7 +123,7 @@ def convert(
     )
     with _progress("converting") as progress:
         report = convert_checkpoint(source, out, **settings, allow_nan=allow_nan, progress=progress)
-    typer.echo(report.render(), err=True)
+    typer.echo(report.to_text(), err=True)
     typer.echo(out)
 
 
@@ -157,8 +159,8 @@ def generate(
 ) -> None:
     """Answer a prompt."""
     from . import GenerationOptions, stream
-    from .trace import event_json
     from .terminal import show, statistics_line
+    from .trace import event_json
 
     if temp is not None:
         raise PromptError(
@@ -187,6 +189,7 @@ def generate(
             typer.echo(event_json(event))
         return
     done = show(events, live=live, decode=processor.draft_text)
+    _end_line()
     typer.echo(statistics_line(done.stats), err=True)
 
 
@@ -207,7 +210,35 @@ def demo(seed: Seed = 0, live: LiveCanvas = None) -> None:
     ):
         typer.secho(f"> {task}", err=True, bold=True)
         done = show(stream(model, processor, task, seed=seed), live=live, decode=processor.draft_text)
+        _end_line()
         typer.secho(statistics_line(done.stats), err=True, dim=True)
+
+
+def _width_name(bits: int | str | None, mode: str) -> str:
+    """How a converted directory's name ends."""
+    if bits is None:
+        return "mlx"
+    if mode != "affine":
+        return mode
+    return "4bit" if bits == "auto" else f"{bits}bit"
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on stderr for bytes done, bytes in all and the tensor at hand."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn(what),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        TextColumn("[dim]{task.fields[at]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None, at="")
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, at=name)
 
 
 def _demo_checkpoint() -> Path:
@@ -224,6 +255,12 @@ def _demo_checkpoint() -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
         convert_checkpoint(Path(__file__).parent / "demo", out, bits=4)
     return out
+
+
+def _end_line() -> None:
+    """A piped answer ends with a line break too; a terminal's has one already."""
+    if not sys.stdout.isatty():
+        typer.echo()
 
 
 def _prompt_text(prompt: str | None) -> str:

@@ -127,6 +127,8 @@ class _Batch:
                 f"The canvas has {len(self.canvas.tokens)} tokens, more than max_tokens={options.max_tokens}; raise it."
             )
         self.cancelled = cancel.is_set if cancel else lambda: False
+        if len(prompts) > 1 and any(prompt.images for prompt in prompts):
+            raise PromptError("A batch of prompts cannot have images; generate those one by one.")
         self.rows = [_Row(processor, prompt, options) for prompt in prompts]
         self.limit = model.config.text.max_position_embeddings
         longest = max(len(prompt.tokens) for prompt in prompts)
@@ -172,7 +174,8 @@ class _Batch:
         padded = mx.array(
             [prompt.tokens + [0] * (longest - n) for prompt, n in zip(self.prompts, lengths, strict=True)]
         )
-        for done, _ in self.model.encode_chunks(padded, cache, lengths=lengths if min(lengths) < longest else None):
+        ragged = lengths if min(lengths) < longest else None
+        for done, _ in self.model.encode_chunks(padded, cache, self.prompts[0].images, ragged):
             for index, total in enumerate(lengths):
                 yield index, Prefill(max(done - (longest - total), 0), total)
             if self.cancelled():

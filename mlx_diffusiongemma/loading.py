@@ -16,11 +16,13 @@ from .config import GenerationOptions, ModelConfig, Quantization, read_json
 from .errors import CheckpointError
 from .model.diffusion_gemma import DiffusionGemma
 from .model.moe import Experts
+from .model.vision import VisionModel
 
 if TYPE_CHECKING:
     from .processor import Processor
 
-VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
+ENCODER = "model.encoder."
+VISION = (f"{ENCODER}vision_tower.", f"{ENCODER}embed_vision.")
 Progress = Callable[[int, int], None]
 
 
@@ -38,12 +40,29 @@ def load(
     directory = find_checkpoint(path_or_repo, revision)
     config = ModelConfig.from_directory(directory)
     processor = Processor.from_directory(directory, config)
-    model = DiffusionGemma(config, GenerationOptions.from_checkpoint(directory))
     weights = read_weights(directory)
-    text = {name: array for name, array in weights.items() if not name.startswith(VISION)}
-    _fill(model, text, directory, config.quantization)
+    vision = {name: weights.pop(name) for name in list(weights) if name.startswith(VISION)}
+    has_vision = bool(vision) and config.vision is not None
+    model = DiffusionGemma(
+        config,
+        GenerationOptions.from_checkpoint(directory),
+        load_vision=(lambda: load_vision(directory, config)) if has_vision else None,
+    )
+    _fill(model, weights, directory, config.quantization)
+    if has_vision:
+        # Only their names and shapes: the weights themselves are read when an image first needs them.
+        _fill(VisionModel(config.vision, config.text.hidden_size), vision, directory, config.quantization, ENCODER)
     _evaluate(model, directory, progress, fuse)
     return model, processor
+
+
+def load_vision(directory: Path, config: ModelConfig) -> VisionModel:
+    """The vision tower and projection, weights in memory. Raises CheckpointError."""
+    weights = {name: array for name, array in read_weights(directory).items() if name.startswith(VISION)}
+    vision = VisionModel(config.vision, config.text.hidden_size)
+    _fill(vision, weights, directory, config.quantization, ENCODER)
+    _read(vision, directory)
+    return vision
 
 
 def find_checkpoint(path_or_repo: str | Path, revision: str | None = None) -> Path:
@@ -98,15 +117,21 @@ def _shards(directory: Path) -> list[Path]:
 
 
 def _fill(
-    model: DiffusionGemma, weights: dict[str, mx.array], directory: Path, quantization: Quantization | None
+    module: nn.Module,
+    weights: dict[str, mx.array],
+    directory: Path,
+    quantization: Quantization | None,
+    prefix: str = "",
 ) -> None:
-    """Give the model the text weights, its modules quantized as the files say."""
+    """Give a module its weights, which are exactly those of the files whose names begin with `prefix`; what has scales
+    there becomes quantized.
+    """
     if any(name.endswith((".experts.gate_up_proj", ".experts.down_proj")) for name in weights):
         raise CheckpointError(
             f"{directory} is a Hugging Face checkpoint; convert it first: mlx-dg convert {directory} --q4"
         )
-    _quantize(model, weights, quantization, directory)
-    expected = dict(tree_flatten(model.parameters()))
+    _quantize(module, weights, quantization, directory, prefix)
+    expected = {prefix + name: array for name, array in tree_flatten(module.parameters())}
     problems = [f"{name} is missing" for name in expected if name not in weights]
     problems += [f"{name} is not part of the model" for name in weights if name not in expected]
     problems += [
@@ -120,11 +145,15 @@ def _fill(
             f"{directory} does not fit its configuration: {', '.join(problems[:3])}{more}; "
             "download or convert it again."
         )
-    model.load_weights(list(weights.items()))
+    module.load_weights([(name.removeprefix(prefix), array) for name, array in weights.items()])
 
 
 def _quantize(
-    model: DiffusionGemma, weights: dict[str, mx.array], quantization: Quantization | None, directory: Path
+    module: nn.Module,
+    weights: dict[str, mx.array],
+    quantization: Quantization | None,
+    directory: Path,
+    prefix: str,
 ) -> None:
     """Replace the modules whose scales are in the files."""
     scaled = {name.removesuffix(".scales") for name in weights if name.endswith(".scales")}
@@ -135,14 +164,14 @@ def _quantize(
             f"{directory} holds quantized weights but config.json has no `quantization`; convert it again."
         )
 
-    def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        found = quantization.for_module(path)
-        if path not in scaled or found is None or not hasattr(module, "to_quantized"):
+    def settings(path: str, part: nn.Module) -> bool | dict[str, Any]:
+        found = quantization.for_module(prefix + path)
+        if prefix + path not in scaled or found is None or not hasattr(part, "to_quantized"):
             return False
         return {"group_size": found.group_size, "bits": found.bits, "mode": found.mode}
 
     try:
-        nn.quantize(model, class_predicate=settings)
+        nn.quantize(module, class_predicate=settings)
     except ValueError as error:
         raise CheckpointError(f"{directory}: config.json's quantization does not work ({error}).") from None
 
@@ -151,19 +180,23 @@ def _evaluate(model: DiffusionGemma, directory: Path, progress: Progress | None,
     """Read the weights in, a layer at a time: a fused layer's own copies are gone before the next is read."""
     layers = model.model.decoder.layers
     on_cpu = mx.default_device() == mx.cpu
-    try:
-        for done, layer in enumerate(layers, start=1):
-            if on_cpu:
-                _widen(layer.experts)
-            if fuse:
-                layer.self_attn.fuse()
-                layer.mlp.fuse()
-            mx.eval(layer)
-            if progress:
-                progress(done, len(layers))
+    for done, layer in enumerate(layers, start=1):
+        if on_cpu:
+            _widen(layer.experts)
         if fuse:
-            model.model.decoder.self_conditioning.fuse()
-        mx.eval(model)
+            layer.self_attn.fuse()
+            layer.mlp.fuse()
+        _read(layer, directory)
+        if progress:
+            progress(done, len(layers))
+    if fuse:
+        model.model.decoder.self_conditioning.fuse()
+    _read(model, directory)
+
+
+def _read(module: nn.Module, directory: Path) -> None:
+    try:
+        mx.eval(module)
     except RuntimeError as error:
         raise CheckpointError(f"{directory} cannot be read ({error}); download or convert it again.") from None
 

@@ -90,6 +90,7 @@ class ScriptedModel:
 @dataclass
 class BytePrompt:
     tokens: list[int]
+    images: tuple = ()
 
 
 class ByteProcessor:

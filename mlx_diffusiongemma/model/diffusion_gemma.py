@@ -4,18 +4,32 @@ the canvas. `encode` is the only writer of the cache; `denoise` only reads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..config import FULL, SLIDING, GenerationOptions, LayerConfig, ModelConfig, TextConfig
+from ..errors import CheckpointError
 from . import vocabulary
 from .cache import Cache
 from .layers import MLP, Attention, Extend, SelfConditioning
 from .moe import Experts, Router
+from .vision import VisionModel, image_blocks
 
 PREFILL_CHUNK = 1024  # tokens: enough rows for every expert, few enough for a window's scores
+
+
+Block = tuple[int, int]  # first position of an image's tokens, and the one after its last
+
+
+class Image(Protocol):
+    """A preprocessed image: pixels [patches, 3 * patch_size^2] in 0..1 and positions [patches, 2] as (x, y)."""
+
+    pixels: np.ndarray
+    positions: np.ndarray
 
 
 class DecoderLayer(nn.Module):
@@ -95,11 +109,19 @@ class Backbone(nn.Module):
 class DiffusionGemma(nn.Module):
     """The model. B batch, N prompt, L canvas, H hidden, V vocabulary."""
 
-    def __init__(self, config: ModelConfig, options: GenerationOptions | None = None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        options: GenerationOptions | None = None,
+        load_vision: Callable[[], VisionModel] | None = None,
+    ):
+        """options: the checkpoint's own settings. load_vision: reads the vision weights; called at the first image."""
         super().__init__()
         self.config = config
         self.options = options or GenerationOptions()
         self.model = Backbone(config)
+        self._load_vision = load_vision
+        self._vision = None
 
     def make_cache(self) -> Cache:
         """An empty prefix."""
@@ -113,30 +135,62 @@ class DiffusionGemma(nn.Module):
         self.model.decoder.self_conditioning.fuse()
 
     def encode(
-        self, tokens: mx.array, cache: Cache, images: mx.array | None = None, lengths: list[int] | None = None
+        self,
+        tokens: mx.array,
+        cache: Cache,
+        images: Sequence[Image] | None = None,
+        lengths: list[int] | None = None,
     ) -> mx.array:
         """Append tokens [B, N] to the cache; returns their normalised hidden states [B, N, H].
 
-        lengths: real tokens of each row of a ragged batch, whose rows are filled up at their ends; only the first
-        call on an empty cache can be ragged. Long prompts are encoded in chunks of PREFILL_CHUNK.
+        images: one for each run of image tokens, in order; only for B = 1. Without images, the image token is an
+        ordinary one. lengths: real tokens of each row of a ragged batch, whose rows are filled up at their ends; only
+        the first call on an empty cache can be ragged. Long prompts are encoded in chunks of PREFILL_CHUNK.
         """
         hidden = mx.concatenate([chunk for _, chunk in self.encode_chunks(tokens, cache, images, lengths)], axis=1)
         return _shift_rows(hidden, [n - tokens.shape[1] for n in lengths]) if lengths else hidden
 
     def encode_chunks(
-        self, tokens: mx.array, cache: Cache, images: mx.array | None = None, lengths: list[int] | None = None
+        self,
+        tokens: mx.array,
+        cache: Cache,
+        images: Sequence[Image] | None = None,
+        lengths: list[int] | None = None,
     ) -> Iterator[tuple[int, mx.array]]:
         """`encode`, a chunk at a time: yields how many tokens are done and the chunk's hidden states, which are those
         of the rows moved to the end where the batch is ragged. The cache is computed before each yield.
         """
-        count = tokens.shape[1]
+        blocks = self._image_blocks(tokens, images or ())
         if lengths is not None:
             tokens = self._align(tokens, cache, lengths)
-        for start in range(0, count, PREFILL_CHUNK):
-            stop = min(start + PREFILL_CHUNK, count)
-            hidden = self._encode(tokens[:, start:stop], cache)
+        features = iter([self.encode_image(image) for image in images or ()])
+        for start, stop in chunk_bounds(tokens.shape[1], blocks):
+            inside = [(first - start, last - start) for first, last in blocks if start <= first < stop]
+            x = self.embed(tokens[:, start:stop])
+            for first, last in inside:
+                x[:, first:last] = next(features).astype(x.dtype)
+            hidden = self._encode(x, cache, inside)
             cache.evaluate()
             yield stop, hidden
+
+    def encode_image(self, image: Image) -> mx.array:
+        """The soft tokens of one image, [soft_tokens, H]. Raises CheckpointError where there are no vision weights."""
+        if self._vision is None:
+            if self._load_vision is None:
+                raise CheckpointError("This checkpoint has no vision weights, so it cannot see images; leave them out.")
+            self._vision = self._load_vision()
+        return self._vision(mx.array(image.pixels), mx.array(image.positions))
+
+    def _image_blocks(self, tokens: mx.array, images: Sequence[Image]) -> list[Block]:
+        """Where the images' tokens are. Raises ValueError where they do not fit the images."""
+        if not images:
+            return []
+        if tokens.shape[0] != 1:
+            raise ValueError("images can be encoded in a batch of one row only")
+        blocks = image_blocks(tokens[0].tolist(), self.config.image_token_id)
+        if len(blocks) != len(images):
+            raise ValueError(f"the tokens have {len(blocks)} runs of the image token for {len(images)} images")
+        return blocks
 
     def _align(self, tokens: mx.array, cache: Cache, lengths: list[int]) -> mx.array:
         """Move a ragged batch's rows to their ends and note the padding in the cache."""
@@ -150,16 +204,16 @@ class DiffusionGemma(nn.Module):
             tokens = _shift_rows(tokens, list(cache.padding))
         return tokens
 
-    def _encode(self, tokens: mx.array, cache: Cache) -> mx.array:
+    def _encode(self, x: mx.array, cache: Cache, blocks: list[Block]) -> mx.array:
         decoder = self.model.decoder
-        offset, count = cache.offset, tokens.shape[1]
-        masks = {kind: self._encoder_mask(kind, cache, count) for kind in (SLIDING, FULL)}
-        x = self.embed(tokens)
+        offset, count = cache.offset, x.shape[1]
+        masks = {kind: self._encoder_mask(kind, cache, count, blocks) for kind in (SLIDING, FULL)}
+        positions = self._positions(cache)
         scalars = self.model.encoder.language_model.layers
         for config, layer, own, kept in zip(
             self.config.text.layers, decoder.layers, scalars, cache.layers, strict=True
         ):
-            x = layer(x, kept.append, self._positions(cache, offset), masks[config.kind], own.layer_scalar)
+            x = layer(x, kept.append, positions, masks[config.kind], own.layer_scalar)
         cache.offset = offset + count
         return decoder.norm(x)
 
@@ -172,7 +226,7 @@ class DiffusionGemma(nn.Module):
         decoder = self.model.decoder
         masks = {kind: self._canvas_mask(kind, cache, canvas.shape[1]) for kind in (SLIDING, FULL)}
         x = decoder.self_conditioning(self.embed(canvas), self_conditioning)
-        positions = self._positions(cache, cache.offset)
+        positions = self._positions(cache)
         for config, layer, kept in zip(self.config.text.layers, decoder.layers, cache.layers, strict=True):
             x = layer(x, kept.with_canvas, positions, masks[config.kind], layer.layer_scalar)
         return decoder.norm(x)
@@ -204,24 +258,28 @@ class DiffusionGemma(nn.Module):
         scale = vocabulary.embedding_scale(self.model.decoder.embed_tokens, self.config.text.hidden_size)
         return embeddings.astype(scale.dtype) * scale
 
-    def _positions(self, cache: Cache, offset: int) -> int | mx.array:
-        """The first new token's position: one for all rows, or per row where the batch is ragged."""
-        return offset if cache.padding is None else offset - mx.array(cache.padding)
+    def _positions(self, cache: Cache) -> int | mx.array:
+        """The next token's position: one for all rows, or per row where the batch is ragged."""
+        return cache.offset if cache.padding is None else cache.offset - mx.array(cache.padding)
 
-    def _encoder_mask(self, kind: str, cache: Cache, count: int) -> mx.array | str | None:
+    def _encoder_mask(self, kind: str, cache: Cache, count: int, blocks: list[Block]) -> mx.array | str | None:
         """Which of the visible tokens each of the next `count` may attend to: itself and those before it, in sliding
-        layers at most `window - 1` back; never padding.
+        layers at most `window - 1` back; all of its own image, beyond the window too; never padding.
         """
         window = self.config.text.sliding_window if kind == SLIDING else None
         before = cache.offset if window is None else min(cache.offset, window - 1)
-        total = before + count
-        if cache.padding is None and (window is None or total <= window):
+        if self.config.text.use_bidirectional_attention != "vision":
+            blocks = []
+        if cache.padding is None and not blocks and (window is None or before + count <= window):
             return "causal" if count > 1 else None
         queries = mx.arange(cache.offset, cache.offset + count)[:, None]
         keys = mx.arange(cache.offset - before, cache.offset + count)[None]
         mask = keys <= queries
         if window is not None:
             mask = mask & (keys > queries - window)
+        for first, last in blocks:
+            first, last = first + cache.offset, last + cache.offset
+            mask = mask | ((queries >= first) & (queries < last) & (keys >= first) & (keys < last))
         if cache.padding is None:
             return mask
         real = keys >= mx.array(cache.padding)[:, None, None, None]
@@ -237,6 +295,18 @@ class DiffusionGemma(nn.Module):
             return None
         keys = mx.arange(first, cache.offset + count)
         return (keys >= mx.array(cache.padding)[:, None])[:, None, None]
+
+
+def chunk_bounds(count: int, blocks: Sequence[Block] = ()) -> Iterator[tuple[int, int]]:
+    """Where `count` tokens are cut into chunks of about PREFILL_CHUNK: never inside an image's block."""
+    start = 0
+    while start < count:
+        stop = min(start + PREFILL_CHUNK, count)
+        for first, last in blocks:
+            if first < stop < last:
+                stop = first if first > start else last
+        yield start, stop
+        start = stop
 
 
 def _shift_rows(array: mx.array, shifts: list[int]) -> mx.array:
