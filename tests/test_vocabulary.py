@@ -111,6 +111,21 @@ def test_draws_follow_the_distribution(name, monkeypatch):
     assert chi_squared_deviation(seen, expected) < 4
 
 
+@pytest.mark.parametrize("possible", [1, 3, 33, 100, 150])
+def test_the_ends_of_the_unit_interval_draw_possible_tokens(possible, monkeypatch):
+    """A uniform of 0, the largest below 1, or 1 itself (were it rounded up) must not land on an impossible token."""
+    first = 40
+    logits = np.full((1, 200), -CAP)
+    logits[:, first : first + possible] = CAP
+    embedding, hidden = embedding_with_logits(logits)
+    processed = vocabulary.logits(embedding, hidden, CAP) / TEMPERATURE
+    last = first + possible - 1
+    for uniform, expected in ((0.0, first), (1 - 2**-24, last), (1.0, last)):
+        monkeypatch.setattr(vocabulary, "draw_uniforms", lambda key, shape, u=uniform: mx.full((2, *shape), u))
+        assert vocabulary.read(embedding, hidden, CAP, TEMPERATURE, mx.random.key(0)).sample.item() == expected
+        assert vocabulary.sample_from(processed, mx.random.key(0)).item() == expected
+
+
 def chi_squared_deviation(seen: np.ndarray, expected: np.ndarray) -> float:
     """How many standard deviations too large chi-squared is (Wilson and Hilferty); rare tokens count as one bin."""
     rare = expected < 10
