@@ -7,11 +7,10 @@ from typing import NamedTuple
 
 from rich.cells import get_character_cell_size
 
-Span = tuple[str, str]  # an escape sequence that sets a style, and text without control characters
+Span = tuple[str, str]  # a style, by whatever name the caller gives it, and text without control characters
 
-RESET = "\x1b[0m"
 JOINER, EMOJI_STYLE = "\u200d", "\ufe0f"
-TAB = "    "
+TAB = 4
 # Control characters as their pictures; what would turn, break or fail to encode a line as the replacement character.
 UNPRINTABLE: dict[int, int | str | None] = {
     **{code: 0x2400 + code for code in range(0x20) if code not in b"\t\n"},
@@ -24,10 +23,13 @@ UNPRINTABLE: dict[int, int | str | None] = {
 
 
 class Row(NamedTuple):
-    """A row of a screen: its text, and the same with escape sequences for its styles."""
+    """A row of a screen, in runs of one style."""
 
-    plain: str
-    painted: str
+    runs: list[Span]
+
+    @property
+    def text(self) -> str:
+        return "".join(text for _, text in self.runs)
 
 
 def printable(text: str) -> str:
@@ -54,19 +56,22 @@ def clusters(text: str) -> Iterator[tuple[str, int]]:
 def layout(spans: Iterable[Span], columns: int) -> list[Row]:
     """Spans one after the other in rows of at most `columns` cells, broken at line breaks and where a row is full."""
     rows: list[Row] = []
-    plain, painted, used, style = "", "", 0, ""
-    for wanted, text in spans:
-        if not text:
-            continue
-        if wanted != style:
-            painted += RESET + wanted
-            style = wanted
-        for cluster, width in clusters(text.expandtabs(len(TAB))):
+    runs: list[Span] = []
+    run, run_style, used = "", "", 0
+    for style, text in spans:
+        if style != run_style:
+            if run:
+                runs.append((run_style, run))
+            run, run_style = "", style
+        for cluster, width in clusters(text.expandtabs(TAB)):
             if cluster == "\n" or used + width > columns:
-                rows.append(Row(plain, painted + RESET if style else painted))
-                plain, painted, used = "", style, 0
+                rows.append(Row([*runs, (run_style, run)] if run else runs))
+                runs, run, used = [], "", 0
             if cluster != "\n":
-                plain, painted, used = plain + cluster, painted + cluster, used + width
-    if plain or rows:
-        rows.append(Row(plain, painted + RESET if style else painted))
+                run += cluster
+                used += width
+    if run:
+        runs.append((run_style, run))
+    if runs or rows:
+        rows.append(Row(runs))
     return rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TextIO
 
 from .events import Commit, Done, Draft, Event, Prefill, Stats
@@ -18,7 +18,7 @@ Decode = Callable[[list[int]], str]
 Pieces = Callable[[Draft], list[str] | None]
 
 FRAME_SECONDS = 0.05
-NOISE = "\x1b[2m"
+RESET, NOISE = "\x1b[0m", "\x1b[2m"
 # From cool to hot, each up to an entropy in nats; ln(vocabulary), 12.5, is the most there can be.
 HEAT = ((0.01, ""), (0.1, "\x1b[38;5;229m"), (0.5, "\x1b[38;5;221m"), (1.5, "\x1b[38;5;208m"), (20, "\x1b[38;5;196m"))
 
@@ -137,6 +137,14 @@ def _cut(pieces: list[str], text: str) -> list[str] | None:
     return cut
 
 
+def draft_spans(draft: Draft, pieces: list[str] | None, style: Callable[[bool, float], str]) -> list[Span]:
+    """A draft's text for `layout`. style: from whether a token is accepted and its entropy in nats."""
+    if pieces is None:
+        return [("", printable(draft.text))]
+    tokens = zip(pieces, draft.accepted, draft.entropy, strict=True)
+    return [(style(accepted, entropy), printable(piece)) for piece, accepted, entropy in tokens]
+
+
 class _View:
     """What is on the screen: the reply's unfinished last line, the draft that continues it, and a status line."""
 
@@ -156,6 +164,7 @@ class _View:
         self.line = ""  # of the reply: not on stdout yet, so that the region can be drawn below what is
         self.at_line_start = True
         self.draft: Draft | None = None
+        self.status: list[str] = []  # the most important part first
         self.steps = 0  # of the canvases before this one
         self.drawn_at = 0.0
         self.behind = False
@@ -164,15 +173,22 @@ class _View:
         """Show an event."""
         match event:
             case Prefill(done, total):
-                self._refresh(f"prompt {done}/{total}")
+                self.status = [f"prompt {done}/{total}"]
+                self._refresh()
             case Draft():
                 self.draft = event
-                self._refresh(self._status(event))
+                self.status = self._progress(event)
+                self._refresh()
             case Commit():
-                if self.behind and self.draft:
-                    self._draw(self._status(self.draft))
+                if self.behind:
+                    self._draw()
+                self.draft = None
                 self.steps += event.steps
                 self._write(event.text)
+                if self.tame:
+                    self._draw()
+                elif self.region:  # the reader of the pipe may write to the same terminal: leave it alone
+                    self.region.release()
 
     def close(self) -> None:
         """Leave nothing but the reply on the screen, and the cursor on a new line."""
@@ -186,16 +202,12 @@ class _View:
             self.region.release()
 
     def _write(self, text: str) -> None:
-        last = self.draft
-        self.draft = None
         self.line += printable(text) if self.tame else text
         whole = self.line.rfind("\n") + 1 if self.region and self.tame else len(self.line)
         if whole and self.region:
             self.region.erase()
         self._print(self.line[:whole])
         self.line = self.line[whole:]
-        if last:
-            self._draw(self._status(last))
 
     def _print(self, text: str) -> None:
         if text:
@@ -203,12 +215,12 @@ class _View:
             self.out.flush()
             self.at_line_start = text.endswith("\n")
 
-    def _refresh(self, status: str) -> None:
+    def _refresh(self) -> None:
         self.behind = time.monotonic() - self.drawn_at < FRAME_SECONDS
         if not self.behind:
-            self._draw(status)
+            self._draw()
 
-    def _draw(self, status: str) -> None:
+    def _draw(self) -> None:
         if not self.region:
             return
         columns, lines = self.region.size()
@@ -216,35 +228,44 @@ class _View:
         rows = layout(self._spans(), columns)
         excess = max(len(rows) + 1 - lines, 0)  # the top of a long line gives way first, then the draft's end
         rows = rows[min(excess, max(len(line) - 1, 0)) :][: lines - 1]
-        self.region.draw([*rows, *layout([("", status)], columns - 1)[:1]])
+        self.region.draw([*rows, _fitting(self.status, columns - 1)])
         self.drawn_at, self.behind = time.monotonic(), False
 
-    def _spans(self) -> Iterator[Span]:
-        yield "", self.line
+    def _spans(self) -> list[Span]:
+        line = ("", self.line)
         if not self.live or not self.draft:
-            return
-        pieces = self.pieces(self.draft) if self.pieces else None
-        if pieces is None:
-            yield "", printable(self.draft.text)
-            return
-        for piece, accepted, entropy in zip(pieces, self.draft.accepted, self.draft.entropy, strict=True):
-            yield self._style(accepted, entropy), printable(piece)
+            return [line]
+        return [line, *draft_spans(self.draft, self.pieces and self.pieces(self.draft), self._style)]
 
     def _style(self, accepted: bool, entropy: float) -> str:
         warmth = next((style for limit, style in HEAT if entropy <= limit), "") if self.heat else ""
         return warmth if accepted else NOISE + warmth
 
-    def _status(self, draft: Draft) -> str:
+    def _progress(self, draft: Draft) -> list[str]:
         parts = [f"canvas {draft.canvas + 1}", f"step {draft.step}/{draft.max_steps}"]
+        parts.append(f"entropy {draft.mean_entropy:.3f}")
         if self.options and self.options.t_min is not None and self.options.t_max is not None:
             from .sampling import temperature
 
             value = temperature(draft.step, draft.max_steps, self.options.t_min, self.options.t_max)
             parts.append(f"temperature {value:.2f}")
-        parts.append(f"entropy {draft.mean_entropy:.3f}")
         if self.steps:
             parts.append(f"{self.steps + draft.step} steps so far")
-        return " · ".join(parts)
+        return parts
+
+
+def _fitting(parts: list[str], columns: int) -> Row:
+    """As many of `parts` as a row holds."""
+    text = parts[0][:columns]
+    for part in parts[1:]:
+        if len(text) + len(" · ") + len(part) > columns:
+            break
+        text += f" · {part}"
+    return Row([("", text)])
+
+
+def _painted(row: Row) -> str:
+    return "".join(style + text + RESET if style else text for style, text in row.runs)
 
 
 class _Region:
@@ -273,13 +294,14 @@ class _Region:
 
     def draw(self, rows: list[Row]) -> None:
         """Replace what is there."""
-        body = "\r\n".join(self.ERASE_ROW + row.painted for row in rows)
+        body = "\r\n".join(self.ERASE_ROW + _painted(row) for row in rows)
         self._send(self.BEGIN + self._to_top() + self.NO_WRAP + body + self.ERASE_BELOW + self.WRAP + self.END)
         self.rows, self.columns = rows, self.size()[0]
 
     def erase(self) -> None:
         """Take the rows away, to write something above the next ones; the screen shows it with the next `draw`."""
-        self._send(self.BEGIN + self._to_top() + self.ERASE_BELOW)
+        # Erasing a whole screen makes tmux keep it in its history; from the second column on, it is not a whole one.
+        self._send(self.BEGIN + self._to_top() + self.ERASE_ROW + "\x1b[C" + self.ERASE_BELOW + "\r")
         self.rows = []
 
     def release(self) -> None:
@@ -290,7 +312,7 @@ class _Region:
         columns, lines = self.size()
         height = len(self.rows)
         if columns < self.columns:  # the terminal has wrapped the rows since
-            height = sum(len(layout([("", row.plain)], columns)) or 1 for row in self.rows)
+            height = sum(len(layout([("", row.text)], columns)) or 1 for row in self.rows)
         up = min(height, lines) - 1
         return f"\r\x1b[{up}A" if up > 0 else "\r"
 
