@@ -19,11 +19,13 @@ Message = Mapping[str, Any]
 def normalize_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any]]:
     """New messages, checked, and the source of every image part in order; None where `images` has to fill it.
 
-    `model` becomes `assistant`; tool calls become `{"type": "function", "function": {"name", "arguments"}}` with a
-    mapping for arguments; image parts become `{"type": "image"}`. Raises PromptError.
+    `model` becomes `assistant`; tool calls become `{"id", "type": "function", "function": {"name", "arguments"}}` with
+    a mapping for arguments; a tool's answer gets the id of its call; image parts become `{"type": "image"}`.
+    Raises PromptError.
     """
     sources: list[Any] = []
     normal: list[dict[str, Any]] = []
+    unanswered: list[dict[str, Any]] = []
     for number, message in enumerate(messages, 1):
         where = f"Message {number}"
         if not isinstance(message, Mapping):
@@ -31,17 +33,30 @@ def normalize_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]
         role = "assistant" if message.get("role") == "model" else message.get("role")
         if role not in ROLES:
             raise PromptError(f"{where} has the role {message.get('role')!r}; a role is one of {', '.join(ROLES)}.")
-        if role == "tool" and not (normal and (normal[-1]["role"] == "tool" or normal[-1].get("tool_calls"))):
-            raise PromptError(f"{where} answers no tool call; put it after the assistant's message with `tool_calls`.")
-        normal.append({**message, "role": role, "content": _content(message, role, where, sources)})
-        if message.get("tool_calls"):
-            normal[-1]["tool_calls"] = _tool_calls(message["tool_calls"], role, where)
-        for key in ("reasoning", "reasoning_content"):
+        for key in ("reasoning", "reasoning_content", "thinking"):
             if not isinstance(message.get(key) or "", str):
                 raise PromptError(f"{where}: `{key}` must be text, not a {type(message[key]).__name__}.")
+        new = {**message, "role": role, "content": _content(message, role, where, sources)}
+        if role == "tool":
+            new["tool_call_id"] = _answered(message, unanswered, where)["id"]
+        else:
+            unanswered = _tool_calls(message.get("tool_calls") or [], role, where)
+            new["tool_calls"] = unanswered[:] or None
+        normal.append(new)
     if not normal:
         raise PromptError("There are no messages; give at least one.")
     return normal, sources
+
+
+def _answered(message: Message, unanswered: list[dict[str, Any]], where: str) -> dict[str, Any]:
+    """The call that a tool's message answers, taken off the list: the one with its id or name, else the next."""
+    if not unanswered:
+        raise PromptError(f"{where} answers no tool call; put it after the assistant's message with `tool_calls`.")
+    by_id = [call for call in unanswered if call["id"] == message.get("tool_call_id")]
+    by_name = [call for call in unanswered if call["function"]["name"] == message.get("name")]
+    call = (by_id or by_name or unanswered)[0]
+    unanswered.remove(call)
+    return call
 
 
 def _content(message: Message, role: str, where: str, sources: list[Any]) -> Any:
@@ -51,8 +66,11 @@ def _content(message: Message, role: str, where: str, sources: list[Any]) -> Any
         return content
     if content is None and role == "assistant":
         return ""
-    if role == "tool" and isinstance(content, Mapping | bool | int | float):
-        return content  # an answer in the tool's own words
+    if role == "tool" and "content" in message:
+        if content is None or isinstance(content, bool | int | float):
+            return content
+        if isinstance(content, Mapping):
+            return _json(content, where)
     if not isinstance(content, list | tuple):
         raise PromptError(
             f"{where}: `content` must be text or a list of parts, not a {type(content).__name__}."
@@ -60,6 +78,14 @@ def _content(message: Message, role: str, where: str, sources: list[Any]) -> Any
             else f"{where} has no `content`."
         )
     return [_part(part, role, where, sources) for part in content]
+
+
+def _json(content: Mapping[str, Any], where: str) -> str:
+    """A tool's answer in fields, as JSON: the hub's templates take a mapping for a list of parts."""
+    try:
+        return json.dumps(content, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PromptError(f"{where}: the tool's answer cannot be written as JSON ({error}).") from None
 
 
 def _part(part: Any, role: str, where: str, sources: list[Any]) -> dict[str, Any]:
@@ -83,14 +109,14 @@ def _part(part: Any, role: str, where: str, sources: list[Any]) -> dict[str, Any
 
 
 def _tool_calls(calls: Any, role: str, where: str) -> list[dict[str, Any]]:
-    if role != "assistant":
+    if calls and role != "assistant":
         raise PromptError(f"{where}: only the assistant can make tool calls.")
     if not isinstance(calls, list | tuple):
         raise PromptError(f"{where}: `tool_calls` must be a list, not a {type(calls).__name__}.")
-    return [_tool_call(call, where) for call in calls]
+    return [_tool_call(call, f"call_{number}", where) for number, call in enumerate(calls, 1)]
 
 
-def _tool_call(call: Any, where: str) -> dict[str, Any]:
+def _tool_call(call: Any, identity: str, where: str) -> dict[str, Any]:
     if isinstance(call, ToolCall):
         call = {"name": call.name, "arguments": call.arguments}
     function = call.get("function", call) if isinstance(call, Mapping) else None
@@ -108,5 +134,5 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
         raise PromptError(
             f"{where}: the arguments of {function['name']!r} must be an object that maps names to values."
         )
-    identity = {"id": call["id"]} if call.get("id") is not None else {}
-    return {**identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    identity = call.get("id") or identity
+    return {"id": identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}}

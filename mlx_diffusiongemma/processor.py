@@ -107,14 +107,19 @@ class Processor:
         text = (self.tokenizer.bos_token or "") + text
         return Prompt(text, self._encode(text))
 
-    def parse(self, tokens: Sequence[int]) -> Reply:
-        """Take a finished reply apart. Any ids in the vocabulary will do: nothing raises."""
-        parser = self.reply_parser()
+    def parse(self, tokens: Sequence[int], prompt: Prompt | None = None) -> Reply:
+        """Take a finished reply (to `prompt`) apart. Any ids in the vocabulary will do: nothing raises."""
+        parser = self.reply_parser(prompt)
         return reply_from_parts([*parser.feed(tokens), *parser.finish()])
 
-    def reply_parser(self) -> ReplyParser:
-        """A parser for one reply that arrives in pieces: `feed(tokens)` and at last `finish()`."""
-        return ReplyParser(self.tokenizer.detokenizer, self._special)
+    def reply_parser(self, prompt: Prompt | None = None) -> ReplyParser:
+        """A parser for one reply that arrives in pieces: `feed(tokens)` and at last `finish()`.
+
+        prompt: what it replies to. Templates can end a prompt inside a thought, as after a tool's answer.
+        """
+        before = [self._special.get(token) for token in prompt.tokens] if prompt else []
+        last = next((name for name in reversed(before) if name in ("<|channel>", "<channel|>", "<|turn>")), None)
+        return ReplyParser(self.tokenizer.detokenizer, self._special, in_thought=last == "<|channel>")
 
     def draft_text(self, tokens: Sequence[int]) -> str:
         """What `tokens` read as, for display: without special tokens and without halves of characters."""
@@ -157,8 +162,8 @@ class Processor:
         empty = sources.count(None)
         if empty != len(images):
             raise PromptError(
-                f"The messages have {empty} image parts to fill, and {len(images)} images were given; "
-                'add {"type": "image"} to a message for every image.'
+                f"Image parts to fill: {empty}, images given: {len(images)}; "
+                'give one image for every {"type": "image"} part of the messages.'
             )
         if not sources:
             return ()
@@ -195,6 +200,10 @@ class Processor:
         return pieces[0] + "".join(room + piece for room, piece in zip(rooms, pieces[1:], strict=True))
 
     def _encode(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise PromptError(f"The prompt is not valid Unicode ({error.reason}); check where it comes from.") from None
         # The template writes the beginning-of-document token, so the tokenizer must not.
         tokens = self.tokenizer.encode(text, add_special_tokens=False)
         self._check_vocabulary(tokens)

@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from .events import Part, Reply, join_text
+from .events import Part, PartKind, Reply, join_text
 from .tools import QUOTE, parse_tool_calls
 
 if TYPE_CHECKING:
@@ -37,20 +37,23 @@ MARKERS = (
     *("<|image>", "<|image|>", "<image|>", "<|audio>", "<|audio|>", "<audio|>", "<|video|>"),
 )
 
+_State = Literal["text", "thinking", "tool_call", "turn header", "tool answer"]
+
 
 class ReplyParser:
     """Streaming parser of one reply. The pieces it returns do not depend on how the tokens were divided.
 
     detokenizer: a fresh streaming detokenizer.
     special: special token ids and their names; every other id is text.
+    in_thought: the prompt left a thought open, and the reply goes on with it.
     """
 
-    def __init__(self, detokenizer: StreamingDetokenizer, special: dict[int, str]) -> None:
+    def __init__(self, detokenizer: StreamingDetokenizer, special: dict[int, str], *, in_thought: bool = False) -> None:
         self._detokenizer = detokenizer
         self._special = special
         self._text = _SpelledMarkers(special.values())
         self._thoughts = _Thoughts(special.values())
-        self._state: Literal["text", "thinking", "tool_call", "turn header", "tool answer"] = "text"
+        self._state: _State = "thinking" if in_thought else "text"
         self._after_call: Literal["text", "thinking"] = "text"
         self._call = ""
         self._ended = False
@@ -101,7 +104,7 @@ class ReplyParser:
             self._enter("text")
             self._ended = True
 
-    def _enter(self, state: Literal["text", "thinking", "tool_call", "turn header", "tool answer"]) -> None:
+    def _enter(self, state: _State) -> None:
         """End what was being read and begin something else."""
         self._flush()
         if self._state == "thinking":
@@ -131,7 +134,7 @@ class ReplyParser:
         elif self._state == "tool_call":
             self._call += text
 
-    def _add(self, kind: Literal["text", "thinking", "tool_call"], text: str) -> None:
+    def _add(self, kind: PartKind, text: str) -> None:
         if text:
             self._parts.append((kind, text))
 
