@@ -1,0 +1,57 @@
+"""What several verbs share: options, and finding the model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..model.diffusion_gemma import DiffusionGemma
+    from ..processor import Processor
+
+OFFICIAL = "google/diffusiongemma-26B-A4B-it"
+READY_MADE = "mlx-community/diffusiongemma-26B-A4B-it-4bit"
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", metavar="PATH|REPO", help="A converted checkpoint; else the one last converted here."),
+]
+Steps = Annotated[int | None, typer.Option("--steps", help="Most denoising steps per canvas [the checkpoint's].")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-m", help="Most tokens to generate.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Makes a reply repeatable.")]
+LiveCanvas = Annotated[bool | None, typer.Option("--canvas/--no-canvas", help="Draw the canvas while it denoises.")]
+
+
+def end_line() -> None:
+    """A piped answer ends with a line break too; a terminal's has one already."""
+    if not sys.stdout.isatty():
+        typer.echo()
+
+
+def load_model(name: str | None) -> tuple[DiffusionGemma, Processor]:
+    from .. import load
+
+    return load(name or _default_model())
+
+
+def _default_model() -> str:
+    """What was last converted in this directory, else the ready-made checkpoint, whose download size is said first."""
+    from ..config import MODEL_TYPE, read_json
+
+    converted = []
+    for config in Path().glob("*/config.json"):
+        found = read_json(config)
+        if found.get("model_type") == MODEL_TYPE and "quantization" in found:
+            converted.append(config)
+    if converted:
+        newest = max(converted, key=lambda path: path.stat().st_mtime).parent
+        typer.echo(f"Using {newest}", err=True)
+        return str(newest)
+    from huggingface_hub import try_to_load_from_cache
+
+    if not isinstance(try_to_load_from_cache(READY_MADE, "config.json"), str):
+        typer.echo(f"Downloading {READY_MADE}, 16.5 GB; later runs use the downloaded files.", err=True)
+    return READY_MADE
