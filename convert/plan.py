@@ -13,7 +13,7 @@ from ..errors import CheckpointError
 from .headers import ITEM_BYTES, Entry, write_header
 from .names import GROUPS, group_of
 from .quantization import NVFP4, RECIPES, Scheme, matches
-from .sources import Weight, describe, find_weights, some
+from .sources import TENSOR_SCALE, Weight, describe, find_weights, some
 
 SHARD_BYTES = 5_000_000_000
 CONTEXT = 8192  # tokens, for the memory needed to run
@@ -215,10 +215,8 @@ def _job(weight: Weight, scheme: Scheme, dtype: str) -> Job:
     outputs.append(Output(f"{weight.path}.scales", scales, (*rows, groups)))
     if wanted.mode == "affine":
         outputs.append(Output(f"{weight.path}.biases", scales, (*rows, groups)))
-    if is_carried and any("weight_scale_2" in piece.stored.entries for piece in weight.pieces):
-        # gate and up keep their own factors, so theirs is per row, and elsewhere there is one per matrix
-        shape = rows if weight.path.endswith("gate_up_proj") else rows[:-1]
-        outputs.append(Output(f"{weight.path}.weight_scale_2", "F32", shape))
+    if is_carried and weight.tensor_scale_shape is not None:
+        outputs.append(Output(f"{weight.path}.{TENSOR_SCALE}", "F32", weight.tensor_scale_shape))
     return Job(weight, group, wanted, tuple(outputs), is_carried)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,12 +12,13 @@ import numpy as np
 
 from ..errors import CheckpointError
 from .headers import ITEM_BYTES, Entry, read_header
-from .sources import Piece, Stored, Weight
+from .sources import TENSOR_SCALE, Piece, Stored, Weight
 
 SLAB_BYTES = 32 << 20  # decoded values read at a time
 CHECK_ITEMS = 1 << 18  # values checked at a time: they stay in the processor's cache
 MX_DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U32": mx.uint32, "U8": mx.uint8}
 MX_DTYPES["F8_E4M3"] = mx.uint8
+CODE_ROLES = ("weight", "scales", "weight_scale", "biases")  # of MLX and of NVFP4, in MLX's order
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 # The bits that are all set in a value that is not finite.
 NOT_FINITE = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F80_0000, "F8_E4M3": 0x7F}
@@ -60,17 +62,22 @@ class Reader:
             )
         return mx.array(values).view(MX_DTYPES[entry.dtype]).reshape(count, columns)
 
-    def row_scales(self, entry: Entry, stored: Stored, first: int, count: int) -> mx.array:
-        """A scale that holds for one or more whole rows of `stored`, as float32 [count, 1]."""
-        size = entry.nbytes // ITEM_BYTES[entry.dtype]
-        flat = Entry(entry.name, entry.dtype, (size, 1), entry.file, entry.begin)
-        rows_each = stored.rows // size
-        low, high = first // rows_each, (first + count - 1) // rows_each + 1
-        index = (mx.arange(first, first + count) // rows_each) - low
-        return self.rows(flat, low, high - low).astype(mx.float32)[index]
+    def row_scales(self, stored: Stored, role: str, first: int, count: int) -> mx.array:
+        """Of a scale that holds for one or more whole rows each: those of rows [first, first + count), float32
+        [count, 1].
+        """
+        entry, each = stored.entries[role], stored.rows_per_scale(role)
+        column = replace(entry, shape=(stored.rows // each, 1))
+        low, high = first // each, (first + count - 1) // each + 1
+        return self.rows(column, low, high - low).astype(mx.float32)[mx.arange(first, first + count) // each - low]
+
+    def codes(self, stored: Stored, first: int, count: int) -> list[mx.array]:
+        """What MLX calls weight, scales and, in affine mode, biases of rows [first, first + count)."""
+        found = [self.rows(stored.entries[role], first, count) for role in CODE_ROLES if role in stored.entries]
+        return [found[0].view(mx.uint32), *found[1:]]
 
     def decoded(self, piece: Piece, first: int, count: int, dtype: mx.Dtype) -> mx.array:
-        """Rows [first, first + count) of a piece as plain values, [count, columns]."""
+        """Rows [first, first + count) of a piece as values, [count, columns]. Raises CheckpointError."""
         stored = piece.stored
         values = DECODERS[stored.encoding](self, stored, piece.first + first, count)
         narrowed = values.astype(dtype)
@@ -107,7 +114,25 @@ def _plain(reader: Reader, stored: Stored, first: int, count: int) -> mx.array:
     return reader.rows(stored.weight, first, count)
 
 
-DECODERS = {"plain": _plain}
+def _fp8(reader: Reader, stored: Stored, first: int, count: int) -> mx.array:
+    values = mx.from_fp8(reader.rows(stored.weight, first, count), dtype=mx.float32)
+    return values * reader.row_scales(stored, "weight_scale", first, count)
+
+
+def _quantized(reader: Reader, stored: Stored, first: int, count: int) -> mx.array:
+    weight, scales, *biases = reader.codes(stored, first, count)
+    if biases:
+        scales, biases = scales.astype(mx.float32), [biases[0].astype(mx.float32)]
+    codes = stored.quantization
+    values = mx.dequantize(
+        weight, scales, *biases, group_size=codes.group_size, bits=codes.bits, mode=codes.mode, dtype=mx.float32
+    )
+    if TENSOR_SCALE in stored.entries:
+        values *= reader.row_scales(stored, TENSOR_SCALE, first, count)
+    return values
+
+
+DECODERS = {"plain": _plain, "fp8": _fp8, "nvfp4": _quantized, "mlx": _quantized}
 
 
 def _is_finite(values: np.ndarray, mask: int) -> bool:

@@ -29,6 +29,7 @@ NAME_RULES = (
 )
 STACKS = {"gate_up": ("gate", "up"), "down": ()}  # stored whole, or as these halves one after the other
 FLOATS = ("BF16", "F16", "F32")
+TENSOR_SCALE = "weight_scale_2"  # float32, beside NVFP4's block scales
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ class Stored:
     def rows(self) -> int:
         return math.prod(self.shape[:-1])
 
+    def rows_per_scale(self, role: str) -> int:
+        """How many rows in succession share one of the scales under `role`."""
+        return self.rows // math.prod(self.entries[role].shape)
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -106,6 +111,16 @@ class Weight:
         """What the codes of every piece are in MLX's terms; None unless all agree."""
         found = {piece.stored.quantization for piece in self.pieces}
         return found.pop() if len(found) == 1 else None
+
+    @property
+    def tensor_scale_shape(self) -> tuple[int, ...] | None:
+        """One scale per matrix, or per row where gate and up have their own; None without such scales."""
+        scaled = [piece for piece in self.pieces if TENSOR_SCALE in piece.stored.entries]
+        if not scaled:
+            return None
+        matrix_rows = self.shape[-2]
+        per_matrix = all(piece.stored.rows_per_scale(TENSOR_SCALE) % matrix_rows == 0 for piece in scaled)
+        return self.shape[:-2] if per_matrix else self.shape[:-1]
 
     @property
     def entries(self) -> list[Entry]:

@@ -13,6 +13,7 @@ import numpy as np
 from ..config import Quantization
 from .plan import Job, shard_header
 from .reader import MX_DTYPES, Reader, slabs
+from .sources import TENSOR_SCALE, Weight
 
 Arrays = tuple[mx.array, ...]
 
@@ -50,6 +51,8 @@ def job_bytes(job: Job, reader: Reader, dtype: mx.Dtype) -> Iterator[memoryview]
     for arrays in zip(*kept, strict=True):
         for array in arrays:
             yield _as_bytes(array)
+    if job.is_carried and job.weight.tensor_scale_shape is not None:
+        yield _as_bytes(_tensor_scales(job.weight, reader))
 
 
 def quantize(values: mx.array, quantization: Quantization) -> Arrays:
@@ -60,8 +63,20 @@ def quantize(values: mx.array, quantization: Quantization) -> Arrays:
 def _encoded(job: Job, reader: Reader, dtype: mx.Dtype) -> Iterator[Arrays]:
     """The arrays of every slab, in the order of the job's outputs, not evaluated yet."""
     for piece, first, count in slabs(job.weight):
-        values = reader.decoded(piece, first, count, dtype)
-        yield (values,) if job.quantization is None else quantize(values, job.quantization)
+        if job.is_carried:
+            weight, scales, *biases = reader.codes(piece.stored, piece.first + first, count)
+            yield (weight, scales.astype(dtype), biases[0].astype(dtype)) if biases else (weight, scales)
+        else:
+            values = reader.decoded(piece, first, count, dtype)
+            yield (values,) if job.quantization is None else quantize(values, job.quantization)
+
+
+def _tensor_scales(weight: Weight, reader: Reader) -> mx.array:
+    """The factors beside the block scales, float32, in the shape `weight.tensor_scale_shape`."""
+    rows = [reader.row_scales(p.stored, TENSOR_SCALE, p.first, p.rows) for p in weight.pieces]
+    per_row = mx.concatenate(rows).reshape(weight.shape[:-1])
+    per_matrix = len(weight.tensor_scale_shape) < per_row.ndim
+    return mx.contiguous(per_row[..., 0] if per_matrix else per_row)
 
 
 def _one_ahead(slabs: Iterable[Arrays]) -> Iterator[Arrays]:
@@ -77,4 +92,4 @@ def _one_ahead(slabs: Iterable[Arrays]) -> Iterator[Arrays]:
 
 
 def _as_bytes(array: mx.array) -> memoryview:
-    return memoryview(np.array(array.view(mx.uint8), copy=False)).cast("B")
+    return memoryview(np.array(array.flatten().view(mx.uint8), copy=False)).cast("B")

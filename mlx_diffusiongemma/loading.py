@@ -16,6 +16,7 @@ from .config import GenerationOptions, ModelConfig, Quantization, read_json
 from .errors import CheckpointError
 from .model.diffusion_gemma import DiffusionGemma
 from .model.moe import Experts
+from .model.scaled import add_tensor_scales
 from .model.vision import VisionModel
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ def _quantize(
         nn.quantize(module, class_predicate=settings)
     except ValueError as error:
         raise CheckpointError(f"{directory}: config.json's quantization does not work ({error}).") from None
+    add_tensor_scales(module, {name.removeprefix(prefix): array for name, array in weights.items()})
 
 
 def _evaluate(model: DiffusionGemma, directory: Path, progress: Progress | None, fuse: bool) -> None:
