@@ -16,7 +16,8 @@ LAYERS = [
     {"loading", "denoising"},
     {"generation"},
     {"session", "convert"},
-    {"benchmark", "terminal", "trace"},
+    {"benchmark", "layout", "pictures", "terminal", "trace"},
+    {"commands"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
