@@ -43,8 +43,8 @@ class LayerCache:
     def _append_full(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         end = self.length + keys.shape[2]
         self._reserve(keys, end)
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
+        self.keys = _written(self.keys, self.length, keys)
+        self.values = _written(self.values, self.length, values)
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
