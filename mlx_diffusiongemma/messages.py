@@ -10,7 +10,7 @@ from .errors import PromptError
 from .events import ToolCall
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# Where pictures may stand in for the source of an image: Transformers' spellings and OpenAI's.
+# Where an image part may carry its picture: in the spellings of Transformers and OpenAI.
 IMAGE_KEYS = ("image", "url", "path", "image_url")
 
 Message = Mapping[str, Any]

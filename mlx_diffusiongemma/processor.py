@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -86,8 +85,8 @@ class Processor:
             if images or tools or thinking:
                 raise PromptError("Images, tools and thinking belong to messages; this prompt is already in tokens.")
             return text_or_messages if isinstance(text_or_messages, Prompt) else self._token_prompt(text_or_messages)
-        if isinstance(images, str | bytes | os.PathLike):
-            raise PromptError("`images` takes a list; put the image into one.")
+        if not isinstance(images, Sequence) or isinstance(images, str | bytes):
+            raise PromptError(f"`images` takes a list, not a {type(images).__name__}.")
         messages = text_or_messages
         if isinstance(messages, str):
             parts = [*({"type": "image"} for _ in images), {"type": "text", "text": messages}]
@@ -248,13 +247,26 @@ def _convert_sentencepiece(directory: Path, folder: Path) -> None:
     """Write the SentencePiece model of `directory` to `folder` as tokenizer.json, with its chat template and the
     tokens that tokenizer_config.json adds at their ids. Raises CheckpointError.
     """
-    # Not AutoTokenizer: the class that it picks for Gemma appends added tokens that replace an unused piece.
-    from transformers import PreTrainedTokenizerFast
+    from sentencepiece import sentencepiece_model_pb2
+    from transformers import AddedToken, PreTrainedTokenizerFast
 
+    # Not AutoTokenizer: the class that it picks for Gemma appends added tokens that replace an unused piece.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    # Where tokenizer_config.json has extra tokens, Transformers forgets the symbols that the model itself defines.
+    model = sentencepiece_model_pb2.ModelProto.FromString((directory / "tokenizer.model").read_bytes())
+    kinds = model.SentencePiece.Type
+    symbols = [piece for piece in model.pieces if piece.type in (kinds.CONTROL, kinds.USER_DEFINED)]
+    vocabulary, known = tokenizer.get_vocab(), tokenizer.added_tokens_encoder
+    tokenizer.add_tokens(
+        [
+            AddedToken(symbol.piece, special=symbol.type == kinds.CONTROL, normalized=False)
+            for symbol in symbols
+            if symbol.piece in vocabulary and symbol.piece not in known
+        ]
+    )
     path = directory / "tokenizer_config.json"
-    added = (read_json(path).get("added_tokens_decoder") or {}) if path.exists() else {}
-    for token, entry in added.items():
+    declared = (read_json(path).get("added_tokens_decoder") or {}) if path.exists() else {}
+    for token, entry in declared.items():
         found = tokenizer.convert_tokens_to_ids(entry["content"])
         if found != int(token):
             raise CheckpointError(

@@ -21,8 +21,8 @@ def tool_schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
     A tool is such a schema, the bare `{"name": …, "parameters": …}` of one, or a Python function with type hints and a
     Google-style docstring that describes it and its arguments. Raises PromptError.
     """
-    if isinstance(tools, Mapping | str) or callable(tools):
-        raise PromptError("`tools` takes a list; put the tool into one.")
+    if not isinstance(tools, Sequence) or isinstance(tools, str):
+        raise PromptError(f"`tools` takes a list, not a {type(tools).__name__}.")
     schemas = [_schema(tool, f"Tool {number}") for number, tool in enumerate(tools, 1)]
     names = [schema["function"]["name"] for schema in schemas]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
