@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from rich.cells import get_character_cell_size
+from rich.cells import cell_len, get_character_cell_size
 
 Span = tuple[str, str]  # a style, by whatever name the caller gives it, and text without control characters
 
@@ -18,7 +18,7 @@ UNPRINTABLE: dict[int, int | str | None] = {
     **dict.fromkeys(
         [*range(0x80, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)], 0xFFFD
     ),
-    **dict.fromkeys(range(0xD800, 0xE000), 0xFFFD),
+    **dict.fromkeys([*range(0xD800, 0xE000), 0xFFFE, 0xFFFF], 0xFFFD),
 }
 
 
@@ -53,25 +53,39 @@ def clusters(text: str) -> Iterator[tuple[str, int]]:
         yield cluster, width
 
 
-def layout(spans: Iterable[Span], columns: int) -> list[Row]:
-    """Spans one after the other in rows of at most `columns` cells, broken at line breaks and where a row is full."""
+def layout(spans: Iterable[Span], columns: int, words: bool = False) -> list[Row]:
+    """Spans one after the other in rows of at most `columns` cells, broken at line breaks and where a row is full.
+
+    words: break full rows after a space where there is one; otherwise in the middle of a word, as terminals do.
+    """
     rows: list[Row] = []
-    runs: list[Span] = []
-    run, run_style, used = "", "", 0
+    runs: list[Span] = []  # of the row at hand
+    used = 0
     for style, text in spans:
-        if style != run_style:
-            if run:
-                runs.append((run_style, run))
-            run, run_style = "", style
+        run = ""
         for cluster, width in clusters(text.expandtabs(TAB)):
             if cluster == "\n" or used + width > columns:
-                rows.append(Row([*runs, (run_style, run)] if run else runs))
-                runs, run, used = [], "", 0
+                runs += [(style, run)] if run else []
+                rest: list[Span] = []
+                if words and cluster != "\n" and cluster != " ":
+                    runs, rest = _split_at_space(runs)
+                rows.append(Row(runs))
+                runs, run, used = rest, "", sum(cell_len(text) for _, text in rest)
+                if words and cluster == " ":
+                    continue
             if cluster != "\n":
                 run += cluster
                 used += width
-    if run:
-        runs.append((run_style, run))
-    if runs or rows:
-        rows.append(Row(runs))
-    return rows
+        if run:
+            runs.append((style, run))
+    return [*rows, Row(runs)] if runs or rows else []
+
+
+def _split_at_space(runs: list[Span]) -> tuple[list[Span], list[Span]]:
+    """A row up to its last space, and the rest; all of it where there is none."""
+    for index in reversed(range(len(runs))):
+        style, text = runs[index]
+        before, space, after = text.rpartition(" ")
+        if space:
+            return [*runs[:index], (style, before + space)], [(style, after)] * bool(after) + runs[index + 1 :]
+    return runs, []

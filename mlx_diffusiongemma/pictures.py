@@ -17,15 +17,28 @@ from .trace import Traced
 if TYPE_CHECKING:
     from PIL import ImageDraw, ImageFont
 
+    Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 COLUMNS = 80
 MOST_ROWS = 40
 LONGEST_FRAME, LAST_FRAME = 1.0, 3.0  # seconds
 CELL_WIDTH, LINE_HEIGHT, FONT_SIZE, MARGIN = 8.4, 20, 14, 18  # of the animations, in pixels
 BACKGROUND, LABEL = "#12141c", "#8b90a3"
-COLORS = {"": "#e8eaf2", "committed": "#9fd8a4", "noise": "#565b70", "status": LABEL}
+COLORS = {"committed": "#e8eaf2", "accepted": "#8fd6a0", "noise": "#565b70", "status": LABEL}
 # From certain to uncertain.
 SCALE = ("#171a26", "#2b2a63", "#6a2a83", "#b3386b", "#e8653f", "#f8b53c", "#fcf6a4")
 LEVELS = 32
+# Of the GIF, in this order, where they are installed: fixed width first, then what knows more scripts.
+FONTS = (
+    "Menlo.ttc",
+    "DejaVuSansMono.ttf",
+    "Arial Unicode.ttf",
+    "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+    "AppleSDGothicNeo.ttc",
+    "NotoSansCJK-Regular.ttc",
+)
+SHADES = 16  # of each color, down to the background, for smooth letters in a GIF
 MAP_WIDTH, MAP_STEP = 768, 10  # of the map: its cells together, and the height of a step
 GUTTER, HEADING, AXIS, LEGEND = 48, 26, 34, 44
 NO_DRAFTS = "The trace has no drafts, so there is nothing to draw; trace a whole request."
@@ -50,7 +63,7 @@ def animated_svg(trace: list[Traced], columns: int = COLUMNS) -> str:
         elapsed += frame.seconds
         rows = "".join(_svg_row(row, MARGIN + LINE_HEIGHT * (i + 0.75)) for i, row in enumerate(frame.rows))
         film.append(f'<g transform="translate(0 {number * height})">{rows}</g>')
-    classes = "".join(f".{name or 'accepted'}{{fill:{color}}}" for name, color in COLORS.items())
+    classes = "".join(f".{name}{{fill:{color}}}" for name, color in COLORS.items())
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
         f"<style>text{{font:{FONT_SIZE}px ui-monospace,Menlo,'DejaVu Sans Mono',monospace;white-space:pre}}{classes}"
@@ -64,26 +77,27 @@ def animated_svg(trace: list[Traced], columns: int = COLUMNS) -> str:
 def animated_gif(trace: list[Traced], path: str | Path, columns: int = COLUMNS, font: str | Path | None = None) -> None:
     """`animated_svg` as a GIF, for places that show no SVG.
 
-    font: a TrueType font file; None is Pillow's own, which is Latin only. What a font lacks is drawn as a box.
+    font: a TrueType font file, instead of the system's. Characters that no font has are drawn as boxes.
     Raises PromptError where there are no drafts, or the font or the file cannot be used.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
-    try:
-        face = ImageFont.truetype(str(font), FONT_SIZE) if font else ImageFont.load_default(FONT_SIZE)
-    except OSError:
-        raise PromptError(f"{font} is not a font file that can be read; give a TrueType font.") from None
     frames = _frames(trace, columns)
+    pen = _Pen(_fonts(font))
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(
+        b"".join(_blend(BACKGROUND, c, n / (SHADES - 1)) for c in COLORS.values() for n in range(SHADES))
+    )
     images = []
     for frame in frames:
         image = Image.new("RGB", _size(frames, columns), BACKGROUND)
-        pen = _Pen(ImageDraw.Draw(image), face)
+        draw = ImageDraw.Draw(image)
         for number, row in enumerate(frame.rows):
-            pen.row(row, MARGIN + LINE_HEIGHT * number)
-        images.append(image.quantize(64))
+            pen.row(draw, row, MARGIN + LINE_HEIGHT * number)
+        images.append(image.quantize(palette=palette, dither=Image.Dither.NONE))
     durations = [round(frame.seconds * 1000) for frame in frames]
     try:
-        images[0].save(path, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0, optimize=True)
+        images[0].save(path, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
     except OSError as error:
         raise PromptError(f"The GIF cannot be written to {path} ({error.strerror}); give another path.") from None
 
@@ -98,10 +112,11 @@ def entropy_svg(trace: list[Traced]) -> str:
         raise PromptError(NO_DRAFTS)
     positions = max(len(row) for rows in canvases.values() for row in rows)
     top = max(max(map(max, rows)) for rows in canvases.values()) or 1.0
-    cell = max(2.0, MAP_WIDTH / positions)
+    cell = max(2, MAP_WIDTH // positions)
+    tick = next(step for step in (2**n for n in range(32)) if positions <= 10 * step)
     panels, y = [], float(MARGIN)
     for canvas, rows in canvases.items():
-        panels.append(_panel(f"canvas {canvas + 1}", rows, top, cell, y))
+        panels.append(_panel(f"canvas {canvas + 1}", rows, top, cell, tick, y))
         y += HEADING + MAP_STEP * len(rows) + AXIS
     width, height = round(cell * positions + GUTTER + MARGIN), round(y + LEGEND)
     return (
@@ -112,8 +127,8 @@ def entropy_svg(trace: list[Traced]) -> str:
     )
 
 
-def _panel(name: str, rows: list[list[float]], top: float, cell: float, y: float) -> str:
-    """One canvas: a path per color, with a stroke for every run of positions in it."""
+def _panel(name: str, rows: list[list[float]], top: float, cell: int, tick: int, y: float) -> str:
+    """One canvas: a path per color, with a stroke for every run of positions in it, and a mark every `tick`."""
     y += HEADING
     strokes: dict[int, str] = {}
     for step, row in enumerate(rows):
@@ -129,15 +144,14 @@ def _panel(name: str, rows: list[list[float]], top: float, cell: float, y: float
     last, bottom = len(rows), y + MAP_STEP * len(rows)
     steps = "".join(
         f'<text class="end" x="{GUTTER - 8}" y="{y + MAP_STEP * (step - 0.5) + 4:g}">{step}</text>'
-        for step in sorted({1, last, *range(10, last - 1, 10)})
+        for step in sorted({1, last, *range(10, last - 1, 10)} - {2})
     )
-    length = len(rows[0])
     marks = "".join(
         f'<text class="middle" x="{GUTTER + (position + 0.5) * cell:g}" y="{bottom + 16:g}">{position}</text>'
-        for position in range(0, length, max(1, length // 8))
+        for position in range(0, len(rows[0]), tick)
     )
     heading = f'<text x="{GUTTER}" y="{y - 8:g}">{name}: step (down) by position (across)</text>'
-    return f'{heading}<g fill="none" stroke-width="{MAP_STEP}">{paths}</g>{steps}{marks}'
+    return f'{heading}<g fill="none" stroke-width="{MAP_STEP}" shape-rendering="crispEdges">{paths}</g>{steps}{marks}'
 
 
 def _legend(top: float, y: float) -> str:
@@ -145,7 +159,7 @@ def _legend(top: float, y: float) -> str:
         f'<rect x="{GUTTER + 6 * n}" y="{y:g}" width="6" height="10" fill="{_color(n)}"/>' for n in range(LEVELS)
     )
     marks = "".join(
-        f'<text class="middle" x="{GUTTER + 6 * LEVELS * share:g}" y="{y + 25:g}">{top * share**2:.3g}</text>'
+        f'<text class="middle" x="{GUTTER + 6 * LEVELS * share:g}" y="{y + 25:g}">{top * share**2:.2g}</text>'
         for share in (0, 0.25, 0.5, 0.75, 1)
     )
     return f'{bar}{marks}<text x="{GUTTER + 6 * LEVELS + 24}" y="{y + 10:g}">entropy in nats</text>'
@@ -160,8 +174,13 @@ def _color(level: int) -> str:
     """Of `SCALE`, in between its colors."""
     place = level / (LEVELS - 1) * (len(SCALE) - 1)
     index = min(int(place), len(SCALE) - 2)
-    pair = [bytes.fromhex(color[1:]) for color in SCALE[index : index + 2]]
-    return "#" + bytes(round(a + (b - a) * (place - index)) for a, b in zip(*pair, strict=True)).hex()
+    return "#" + _blend(SCALE[index], SCALE[index + 1], place - index).hex()
+
+
+def _blend(first: str, second: str, share: float) -> bytes:
+    """The color between two: red, green, blue."""
+    pair = zip(bytes.fromhex(first[1:]), bytes.fromhex(second[1:]), strict=True)
+    return bytes(round(a + (b - a) * share) for a, b in pair)
 
 
 def _frames(trace: list[Traced], columns: int) -> list[Frame]:
@@ -185,16 +204,17 @@ def _screens(trace: list[Traced], columns: int) -> Iterator[tuple[float, list[Ro
     for traced in trace:
         match traced.event:
             case Draft() as draft:
-                status = f"canvas {draft.canvas + 1} · step {draft.step} · entropy {draft.mean_entropy:.3f}"
+                status = f"canvas {draft.canvas + 1} · step {draft.step}/{draft.max_steps}"
+                status += f" · entropy {draft.mean_entropy:.3f}"
                 spans = [("committed", text), *draft_spans(draft, traced.pieces, _style)]
-                yield traced.seconds, layout(spans, columns)[-MOST_ROWS:], status
+                yield traced.seconds, layout(spans, columns, words=True)[-MOST_ROWS:], status
             case Commit() as commit:
                 text += printable(commit.text)
-                yield traced.seconds, layout([("committed", text)], columns)[-MOST_ROWS:], status
+                yield traced.seconds, layout([("committed", text)], columns, words=True)[-MOST_ROWS:], status
 
 
 def _style(accepted: bool, entropy: float) -> str:
-    return "" if accepted else "noise"
+    return "accepted" if accepted else "noise"
 
 
 def _size(frames: list[Frame], columns: int) -> tuple[int, int]:
@@ -206,29 +226,54 @@ def _svg_row(row: Row, y: float) -> str:
     runs, column = "", 0
     for style, text in row.runs:
         x = MARGIN + CELL_WIDTH * column
-        runs += f'<tspan x="{x:.1f}" class="{style or "accepted"}">{escape(text)}</tspan>'
+        runs += f'<tspan x="{x:.1f}" class="{style}">{escape(text)}</tspan>'
         column += sum(width for _, width in clusters(text))
     return f'<text y="{y:g}">{runs}</text>' if runs else ""
 
 
+def _fonts(path: str | Path | None) -> list[Font]:
+    """The font at `path` or the system's, and after them Pillow's own. Raises PromptError."""
+    from PIL import ImageFont
+
+    fonts: list[Font] = []
+    for name in (str(path),) if path else FONTS:
+        try:
+            fonts.append(ImageFont.truetype(name, FONT_SIZE))
+        except OSError:
+            if path:
+                raise PromptError(f"{path} is not a font file that can be read; give a TrueType font.") from None
+    return [*fonts, ImageFont.load_default(FONT_SIZE)]
+
+
 class _Pen:
-    """Writes rows of text on an image."""
+    """Writes rows of text on an image, each character in the first font that has it."""
 
-    def __init__(self, draw: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont | ImageFont.ImageFont):
-        self.draw, self.font = draw, font
-        self.missing = bytes(font.getmask("\U0010fffe"))
+    def __init__(self, fonts: list[Font]):
+        self.fonts = fonts
+        self.missing = [bytes(font.getmask("\U0010fffe")) for font in fonts]
+        self.known: dict[str, int | None] = {}
 
-    def row(self, row: Row, y: float) -> None:
+    def row(self, draw: ImageDraw.ImageDraw, row: Row, y: float) -> None:
         x = float(MARGIN)
         for style, text in row.runs:
-            for cluster, width in clusters(text):
-                x += self._character(cluster, width, x, y, COLORS[style])
+            for cluster, cells in clusters(text):
+                x += self._character(draw, cluster, cells, (x, y), COLORS[style])
 
-    def _character(self, cluster: str, cells: int, x: float, y: float, color: str) -> float:
+    def _character(
+        self, draw: ImageDraw.ImageDraw, cluster: str, cells: int, corner: tuple[float, float], color: str
+    ) -> float:
         """Draw it and return how far it reaches."""
-        if not cluster.isspace() and bytes(self.font.getmask(cluster)) == self.missing:
-            width = CELL_WIDTH * cells
-            self.draw.rounded_rectangle((x + 1, y + 3, x + width - 2, y + LINE_HEIGHT - 4), 2, outline=color)
-            return width
-        self.draw.text((x, y), cluster, fill=color, font=self.font)
-        return self.font.getlength(cluster)
+        index = self._font(cluster)
+        if index is None:
+            x, y = corner
+            draw.rounded_rectangle((x + 1, y + 3, x + CELL_WIDTH * cells - 2, y + LINE_HEIGHT - 4), 2, outline=color)
+            return CELL_WIDTH * cells
+        font = self.fonts[index]
+        draw.text(corner, cluster, fill=color, font=font)
+        return CELL_WIDTH * cells if index else font.getlength(cluster)
+
+    def _font(self, cluster: str) -> int | None:
+        if cluster not in self.known:
+            has = (n for n, font in enumerate(self.fonts) if bytes(font.getmask(cluster)) != self.missing[n])
+            self.known[cluster] = 0 if cluster.isspace() else next(has, None)
+        return self.known[cluster]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -140,9 +141,14 @@ def _cut(pieces: list[str], text: str) -> list[str] | None:
 def draft_spans(draft: Draft, pieces: list[str] | None, style: Callable[[bool, float], str]) -> list[Span]:
     """A draft's text for `layout`. style: from whether a token is accepted and its entropy in nats."""
     if pieces is None:
-        return [("", printable(draft.text))]
-    tokens = zip(pieces, draft.accepted, draft.entropy, strict=True)
-    return [(style(accepted, entropy), printable(piece)) for piece, accepted, entropy in tokens]
+        return [(style(True, 0.0), printable(draft.text))]
+    spans: list[Span] = []
+    for piece, accepted, entropy in zip(pieces, draft.accepted, draft.entropy, strict=True):
+        wanted, text = style(accepted, entropy), printable(piece)
+        if spans and spans[-1][0] == wanted:
+            text = spans.pop()[1] + text
+        spans.append((wanted, text))
+    return spans
 
 
 class _View:
@@ -164,9 +170,9 @@ class _View:
         self.line = ""  # of the reply: not on stdout yet, so that the region can be drawn below what is
         self.at_line_start = True
         self.draft: Draft | None = None
-        self.status: list[str] = []  # the most important part first
+        self.status = [""]  # the most important part first
         self.steps = 0  # of the canvases before this one
-        self.drawn_at = 0.0
+        self.drawn_at = -math.inf
         self.behind = False
 
     def take(self, event: Event) -> None:
