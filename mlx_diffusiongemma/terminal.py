@@ -20,8 +20,8 @@ Pieces = Callable[[Draft], list[str] | None]
 
 FRAME_SECONDS = 0.05
 RESET, NOISE = "\x1b[0m", "\x1b[2m"
-# From cool to hot, each up to an entropy in nats; ln(vocabulary), 12.5, is the most there can be.
-HEAT = ((0.01, ""), (0.1, "\x1b[38;5;229m"), (0.5, "\x1b[38;5;221m"), (1.5, "\x1b[38;5;208m"), (20, "\x1b[38;5;196m"))
+# From cool to hot, each up to an entropy in nats, in the colors of the terminal's own theme. ln(vocabulary) is 12.5.
+HEAT = ((0.01, ""), (0.1, "\x1b[36m"), (0.5, "\x1b[33m"), (1.5, "\x1b[35m"), (math.inf, "\x1b[31m"))
 
 
 def show(
@@ -200,12 +200,13 @@ class _View:
         """Leave nothing but the reply on the screen, and the cursor on a new line."""
         if self.region:
             self.region.erase()
-        self._print(self.line)
-        self.line = ""
-        if self.tame and not self.at_line_start:
-            self._print("\n")
-        if self.region:
-            self.region.release()
+        try:
+            self._print(self.line)
+            if self.tame and not self.at_line_start:
+                self._print("\n")
+        finally:  # stdout may be gone
+            if self.region:
+                self.region.release()
 
     def _write(self, text: str) -> None:
         self.line += printable(text) if self.tame else text
@@ -244,7 +245,7 @@ class _View:
         return [line, *draft_spans(self.draft, self.pieces and self.pieces(self.draft), self._style)]
 
     def _style(self, accepted: bool, entropy: float) -> str:
-        warmth = next((style for limit, style in HEAT if entropy <= limit), "") if self.heat else ""
+        warmth = next(style for limit, style in HEAT if entropy <= limit) if self.heat else ""
         return warmth if accepted else NOISE + warmth
 
     def _progress(self, draft: Draft) -> list[str]:
@@ -306,6 +307,8 @@ class _Region:
 
     def erase(self) -> None:
         """Take the rows away, to write something above the next ones; the screen shows it with the next `draw`."""
+        if not self.rows:  # what stands there is someone else's
+            return
         # Erasing a whole screen makes tmux keep it in its history; from the second column on, it is not a whole one.
         self._send(self.BEGIN + self._to_top() + self.ERASE_ROW + "\x1b[C" + self.ERASE_BELOW + "\r")
         self.rows = []

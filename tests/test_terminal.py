@@ -213,7 +213,7 @@ def test_tokens_still_noise_are_dim(screen):
     screen.styled.clear()
     show([draft("yes no", accepted=[True] * 4 + [False] * 2)], decode=decode, heat=True)
     assert [character for _, character in screen.styled] == ["n", "o"]
-    assert "38;5;196" in screen.styled[0][0]
+    assert screen.styled[0][0] == terminal.NOISE + "\x1b[31m"
 
 
 def test_model_output_cannot_command_the_terminal(screen):
@@ -292,6 +292,16 @@ def test_an_interrupted_view_leaves_what_was_committed(screen, error):
     assert screen.modes == {"7": True, "25": True, "2026": False}
 
 
+def test_a_broken_stdout_leaves_the_terminal_whole(screen, monkeypatch):
+    def broken(text):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(screen.out, "write", broken)
+    with pytest.raises(BrokenPipeError):
+        show([draft("noise"), commit("a line\n"), DONE])
+    assert screen.modes == {"7": True, "25": True, "2026": False}
+
+
 def test_without_a_canvas_there_is_only_the_line_of_progress(screen):
     def events():
         yield draft("noise")
@@ -322,6 +332,19 @@ def test_what_the_streams_and_the_environment_allow(screen, monkeypatch, out, er
     show([draft("the draft"), commit("text\n"), DONE])
     assert ("the draft" in stderr.text, "canvas 1" in stderr.text) == (seen == "draft", seen != "nothing")
     assert stdout.text == "text\n"
+
+
+def test_text_that_a_pipe_brings_to_the_same_terminal_stays(screen, monkeypatch):
+    out, _ = use(monkeypatch, Stream(), Stream(screen))
+
+    def events():
+        yield draft("noise")
+        yield commit("the reply")
+        screen.write(out.text)  # as `tee` does
+        yield DONE
+
+    show(events())
+    assert screen.text == ["the reply"]
 
 
 def test_drafts_faster_than_the_screen_are_left_out_but_not_the_last(screen, monkeypatch):
