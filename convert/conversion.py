@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 
@@ -17,13 +17,15 @@ from .. import __version__
 from ..config import ModelConfig, read_json
 from ..errors import CheckpointError
 from . import hub
-from .headers import Entry, read_checkpoint_headers
+from .hashes import REPORT
+from .headers import Entry, read_checkpoint_headers, read_index
 from .packaging import CARD, check_tokenizer, write_card, write_companions
-from .partial import Partial, open_partial, write_json
+from .partial import DOWNLOADS, Partial, open_partial, write_json
 from .plan import DTYPES, Plan, make_plan
 from .quantization import AUTO, Bits, Scheme, make_scheme
-from .reader import Reader
-from .report import REPORT, ConversionReport
+from .reader import Files, Reader
+from .report import ConversionReport
+from .stream import StreamedFiles
 from .writer import write_shard
 
 Progress = Callable[[int, int, str], None]
@@ -32,11 +34,25 @@ DISK_MARGIN = 64 << 20  # bytes, for what is not weights
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint to convert: `directory` has its files, `repository` its name on the hub if it came from there."""
+    """A checkpoint to convert: `directory` has its small files, and the weights too unless they are streamed.
+
+    repository and commit: where on the hub it came from. remote: size and SHA-256 of its files there, when streamed.
+    """
 
     directory: Path
     entries: Mapping[str, Entry]
     repository: str | None = None
+    commit: str | None = None
+    remote: Mapping[str, tuple[int, str]] | None = None
+
+    @property
+    def identity(self) -> list[list[object]]:
+        """What changes when the weights do."""
+        files = sorted({entry.file for entry in self.entries.values()})
+        if self.remote is not None:
+            return [[file, *self.remote.get(file, (self.commit,))] for file in files]
+        stats = [(self.directory / file).stat() for file in files]
+        return [[file, stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)]
 
 
 def convert_checkpoint(
@@ -51,6 +67,7 @@ def convert_checkpoint(
     dtype: str | None = None,
     revision: str | None = None,
     allow_nan: bool = False,
+    stream: bool = False,
     progress: Progress | None = None,
 ) -> ConversionReport:
     """Convert the checkpoint in a directory or hub repository to MLX arrays in the new directory `out`.
@@ -58,7 +75,9 @@ def convert_checkpoint(
     bits: for the modules the recipe leaves to the caller; "auto" is the recipe's own and keeps NVFP4 codes, None
     quantizes nothing. group_size: None is the mode's own. overrides: patterns of module paths → bits, a mode or "none".
     dtype: bfloat16, float16 or float32; None is the checkpoint's. revision: of a repository. allow_nan: convert weights
-    that are not finite too. progress: called with bytes done, bytes in all and the name of the tensor at work.
+    that are not finite too. stream: take a repository's files one at a time and delete each when it is used up, so that
+    the disk holds no more than one of them beside `out`. progress: called with bytes done, bytes in all and the name of
+    the tensor at work.
 
     `out` appears only when whole; until then its files are in `out`.partial, which an error removes and an interruption
     leaves if there are finished shards to resume from. Raises CheckpointError; KeyboardInterrupt passes through.
@@ -67,16 +86,15 @@ def convert_checkpoint(
     out = Path(out).expanduser().absolute()
     scheme = make_scheme(bits, group_size, mode, recipe, overrides)
     _check_target(out)
-    found = _find(source, revision, weights=True)
+    found = _find(source, revision, weights="streamed" if stream else "local")
     plan = _plan(found, scheme, dtype)
     check_tokenizer(found.directory)
     with open_partial(out, _fingerprint(found, plan, allow_nan)) as partial:
         resumed = len(partial.finished)
-        _check_disk(plan, partial)
-        with Reader(found.directory, allow_nan) as reader:
-            _write_shards(plan, partial, reader, progress)
-        files = {name: partial.finished[name]["sha256"] for name in plan.shard_names}
-        report = ConversionReport(out, plan, files, time.monotonic() - started, resumed)
+        _check_disk(found, plan, partial)
+        with _files(found, plan, partial) as files:
+            _write_shards(plan, partial, Reader(files, allow_nan), progress)
+        report = ConversionReport(out, plan, dict(partial.finished), time.monotonic() - started, resumed)
         _write_rest(found, report, partial)
         partial.publish()
     return report
@@ -97,7 +115,7 @@ def plan_conversion(
     headers of the large ones are read. Raises CheckpointError.
     """
     scheme = make_scheme(bits, group_size, mode, recipe, overrides)
-    return _plan(_find(source, revision, weights=False), scheme, dtype)
+    return _plan(_find(source, revision, weights="remote"), scheme, dtype)
 
 
 def plan_tensors(
@@ -108,16 +126,32 @@ def plan_tensors(
     return make_plan(entries, ModelConfig.from_dict(dict(config)), scheme or make_scheme(), _dtype(config, None))
 
 
-def _find(source: str | Path, revision: str | None, weights: bool) -> Source:
+def _find(source: str | Path, revision: str | None, weights: Literal["local", "remote", "streamed"]) -> Source:
+    """`source`, with its weights on this disk, only looked at on the hub, or to be downloaded one by one later."""
     if not hub.is_repository(source):
         directory = Path(source).expanduser()
         ModelConfig.from_directory(directory)  # says most plainly what is wrong with another model's directory
         return Source(directory, read_checkpoint_headers(directory))
     repository = str(source)
-    directory = hub.download(repository, revision, weights)
+    directory = hub.download(repository, revision, weights == "local")
     ModelConfig.from_directory(directory)
-    entries = read_checkpoint_headers(directory) if weights else hub.remote_headers(repository, directory.name)
-    return Source(directory, entries, repository)
+    commit = directory.name
+    read_index(directory)  # refuses names that lead elsewhere before anything is asked for by them
+    if weights == "local":
+        return Source(directory, read_checkpoint_headers(directory), repository, commit)
+    remote = hub.remote_files(repository, commit) if weights == "streamed" else None
+    return Source(directory, hub.remote_headers(repository, commit), repository, commit, remote)
+
+
+def _files(source: Source, plan: Plan, partial: Partial) -> Files:
+    if source.remote is None:
+        return Files(source.directory)
+    shards = zip(plan.shard_names, plan.shards, strict=True)
+    jobs = [job for name, shard in shards if name not in partial.finished for job in shard]
+    hashes = {name: sha256 for name, (_, sha256) in source.remote.items()}
+    downloads = partial.path / DOWNLOADS
+    downloads.mkdir(exist_ok=True)
+    return StreamedFiles(source.repository, source.commit, downloads, jobs, hashes)
 
 
 def _plan(source: Source, scheme: Scheme, dtype: str | None) -> Plan:
@@ -142,9 +176,10 @@ def _check_target(out: Path) -> None:
         raise CheckpointError(f"There is no directory {out.parent} to write {out.name} in; create it first.")
 
 
-def _check_disk(plan: Plan, partial: Partial) -> None:
+def _check_disk(source: Source, plan: Plan, partial: Partial) -> None:
     finished = sum((partial.path / name).stat().st_size for name in partial.finished)
-    needed = plan.file_bytes - finished + DISK_MARGIN
+    download = max((size for size, _ in source.remote.values()), default=0) if source.remote else 0
+    needed = plan.file_bytes - finished + download + DISK_MARGIN
     free = shutil.disk_usage(partial.path).free
     if needed > free:
         raise CheckpointError(
@@ -169,8 +204,8 @@ def _write_shards(plan: Plan, partial: Partial, reader: Reader, progress: Progre
             if name in partial.finished:
                 tick(sum(job.nbytes for job in jobs), name)
                 continue
-            sha256 = write_shard(partial.path / name, jobs, reader, DTYPES[plan.dtype], tick)
-            partial.finish(name, {"sha256": sha256})
+            sha256, errors = write_shard(partial.path / name, jobs, reader, DTYPES[plan.dtype], tick)
+            partial.finish(name, {"sha256": sha256, "errors": errors})
     except OSError as error:
         raise CheckpointError(f"{partial.path} cannot be written ({error.strerror}); free some space.") from None
     finally:
@@ -180,16 +215,14 @@ def _write_shards(plan: Plan, partial: Partial, reader: Reader, progress: Progre
 def _write_rest(source: Source, report: ConversionReport, partial: Partial) -> None:
     write_companions(source.directory, partial.path, report.plan)
     write_json(partial.path / REPORT, report.to_dict())
-    write_card(partial.path, report.plan, source.directory / CARD, source.repository, "")
+    write_card(partial.path, report.plan, source.directory / CARD, source.repository, report.evidence())
 
 
 def _fingerprint(source: Source, plan: Plan, allow_nan: bool) -> str:
     """Equal exactly when finished shards of an earlier run are what this one would write."""
-    files = sorted({entry.file for entry in source.entries.values()})
-    stats = [(source.directory / file).stat() for file in files]
     content = {
         "versions": [__version__, mx.__version__],
-        "source": [[file, stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)],
+        "source": source.identity,
         "tensors": [[output.name, output.dtype, output.shape] for output in plan.tensors],
         "modules": [repr(job.quantization) for job in plan.jobs],
         "shards": plan.shard_names,

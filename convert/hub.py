@@ -39,6 +39,23 @@ def download(repository: str, revision: str | None, weights: bool = True) -> Pat
     return Path(path)
 
 
+def download_file(repository: str, commit: str, name: str, directory: Path) -> Path:
+    """Download one file into `directory`, where an unfinished download goes on. Raises CheckpointError."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(
+        _reaching(repository, lambda: hf_hub_download(repository, name, revision=commit, local_dir=str(directory)))
+    )
+
+
+def remote_files(repository: str, commit: str) -> dict[str, tuple[int, str]]:
+    """Size in bytes and SHA-256 of every large file of the repository. Raises CheckpointError."""
+    from huggingface_hub import HfApi
+
+    info = _reaching(repository, lambda: HfApi().model_info(repository, revision=commit, files_metadata=True))
+    return {file.rfilename: (file.lfs.size, file.lfs.sha256) for file in info.siblings or [] if file.lfs}
+
+
 def remote_headers(repository: str, commit: str) -> dict[str, Entry]:
     """Every tensor of the repository at `commit`, from the beginnings of its files. Raises CheckpointError."""
     from huggingface_hub import get_safetensors_metadata

@@ -104,10 +104,6 @@ def write_card(target: Path, plan: Plan, source_card: Path | None, base_model: s
 mlx-dg generate --model . "Why is the sky blue?"
 ```
 
-```
-{plan.render()}
-```
-
 {evidence}"""
     write_whole(target / CARD, content.rstrip() + "\n")
 

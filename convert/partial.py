@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .hashes import file_sha256
 
 RECORD = "finished-shards.json"
 DOWNLOADS = "source"  # inside OUT.partial: files of the source that are not converted yet
@@ -38,8 +38,7 @@ class Partial:
     def finish(self, shard: str, record: dict[str, Any]) -> None:
         """Note that `shard`, whose SHA-256 is record["sha256"], is whole and on the disk."""
         self.finished[shard] = record
-        content = {"fingerprint": self.fingerprint, "shards": self.finished}
-        write_json(self.path / RECORD, content)
+        self._save()
 
     def publish(self) -> None:
         """Give the directory its final name."""
@@ -48,20 +47,28 @@ class Partial:
         self.path.rename(self.out)
         _sync(self.out.parent)
 
-    def _recall(self) -> None:
-        """Load the record of an earlier run and delete everything that it does not vouch for."""
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+    @property
+    def is_resumable(self) -> bool:
+        """Whether a later run has anything to gain from what is here."""
+        return bool(self.finished) or (self.path / DOWNLOADS).is_dir()
+
+    def recall(self) -> None:
+        """Load the record of an earlier run with the same fingerprint; delete all that it does not vouch for."""
+        keep = set()
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             content = json.loads((self.path / RECORD).read_text())
             if content["fingerprint"] == self.fingerprint:
-                self.finished = {
-                    name: record
-                    for name, record in content["shards"].items()
-                    if file_sha256(self.path / name) == record["sha256"]
-                }
-        keep = {RECORD, DOWNLOADS, *self.finished} if self.finished else {DOWNLOADS}
+                keep = {DOWNLOADS}
+                for name, record in content["shards"].items():
+                    if file_sha256(self.path / name) == record["sha256"]:
+                        self.finished[name] = record
         for path in self.path.iterdir():
-            if path.name not in keep:
+            if path.name not in keep | set(self.finished):
                 remove(path)
+        self._save()
+
+    def _save(self) -> None:
+        write_json(self.path / RECORD, {"fingerprint": self.fingerprint, "shards": self.finished})
 
 
 @contextlib.contextmanager
@@ -81,7 +88,7 @@ def open_partial(out: Path, fingerprint: str) -> Iterator[Partial]:
         except BlockingIOError:
             raise CheckpointError(f"Another conversion is writing {out}; wait for it or choose another name.") from None
         with _kept_when_resumable(partial):
-            partial._recall()
+            partial.recall()
             yield partial
     finally:
         os.close(lock)
@@ -92,7 +99,7 @@ def _kept_when_resumable(partial: Partial) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, Interrupted):
-        if not partial.finished:
+        if not partial.is_resumable:
             remove(partial.path)
         raise
     except BaseException:
@@ -114,17 +121,6 @@ def write_whole(path: Path, text: str) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file as `write_whole` does, indented as mlx-lm's are."""
     write_whole(path, json.dumps(content, indent=4) + "\n")
-
-
-def file_sha256(path: Path, tick: Callable[[int], None] | None = None) -> str:
-    """The SHA-256 of a file's content, in hexadecimal. Raises OSError."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(8 << 20):
-            digest.update(block)
-            if tick:
-                tick(len(block))
-    return digest.hexdigest()
 
 
 def remove(path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -122,12 +122,13 @@ class Plan:
         vocabulary = 4 * canvas * 3 * min(text.vocab_size, 32_768)  # float32, block by block
         return self.total_bytes + cached + max(scores, vocabulary) + experts
 
-    def render(self) -> str:
-        """The plan as a person reads it."""
+    def render(self, errors: Mapping[str, float] | None = None) -> str:
+        """The plan as a person reads it; with the relative error of every group, if they are known."""
         lines = [f"Source        {self.source}", f"Recipe        {self._recipe_text()}", ""]
-        bits = self._group_bits()
+        bits = self.group_bits
         for group, size in self.group_bytes.items():
-            lines.append(f"  {group:<20} {size / 1e9:>9.3f} GB   {bits[group]}")
+            error = f", error {errors[group]:.2%}" if errors and group in errors else ""
+            lines.append(f"  {group:<20} {size / 1e9:>9.3f} GB   {bits[group]}{error}")
         count = f"{len(self.tensors):,} tensors, {self.total_bytes:,} bytes"
         lines += [
             f"  {'total':<20} {self.total_bytes / 1e9:>9.3f} GB   {count}",
@@ -147,7 +148,9 @@ class Plan:
             return f"none, all {self.dtype}"
         return f"{self.scheme.recipe}: {RECIPES[self.scheme.recipe].summary}"
 
-    def _group_bits(self) -> dict[str, str]:
+    @property
+    def group_bits(self) -> dict[str, str]:
+        """How the matrices of every group are stored, in words."""
         found: dict[str, dict[str, None]] = defaultdict(dict)
         for job in self.jobs:
             if len(job.weight.shape) > 1:
@@ -176,26 +179,27 @@ def shard_header(jobs: Iterable[Job]) -> bytes:
     return write_header((o.name, o.dtype, o.shape) for job in jobs for o in job.outputs)
 
 
-# Memory of Macs in GiB, and the part of it that macOS lets the GPU use unless told otherwise.
-ROOM = 1.05
-MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)
+MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # GiB
+ROOM = 1.05  # for what is not counted
+MOST_WIRED = 0.85  # of a Mac's memory, for the GPU, with its limit raised
 
 
 def gpu_limit(gib: int) -> int:
-    """Bytes that the GPU of a Mac with `gib` GiB may use by default."""
+    """Bytes that macOS lets the GPU of a Mac with `gib` GiB use by default."""
     return gib * (2 << 30) // 3 if gib < 36 else gib * (3 << 30) // 4
 
 
 def fitting_mac(nbytes: int) -> str:
     """The smallest Mac that runs it with a little room, and a smaller one that would with its limit raised."""
-    fits = next((gib for gib in MACS if nbytes * ROOM <= gpu_limit(gib)), None)
+    needed = int(nbytes * ROOM)
+    fits = next((gib for gib in MACS if needed <= gpu_limit(gib)), None)
     if fits is None:
         return f"more than the GPU of a {MACS[-1]} GB Mac may use"
-    text = f"fits Macs from {fits} GB"
-    tight = next(gib for gib in MACS if nbytes <= gib * (1 << 30) * 7 // 8)
-    if tight < fits:
-        text += f", or {tight} GB after `sudo sysctl iogpu.wired_limit_mb={-(-nbytes // 10**8) * 100}`"
-    return text
+    tight = next(gib for gib in MACS if needed <= MOST_WIRED * (gib << 30))
+    if tight == fits:
+        return f"fits Macs from {fits} GB"
+    limit = -(-needed // (100 << 20)) * 100  # MiB
+    return f"fits Macs from {fits} GB, or {tight} GB after `sudo sysctl iogpu.wired_limit_mb={limit}`"
 
 
 def _wanted(weight: Weight, scheme: Scheme) -> Quantization | None:

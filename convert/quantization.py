@@ -36,13 +36,18 @@ NVFP4 = Quantization(group_size=16, bits=4, mode="nvfp4")
 class Recipe:
     """Bits per group of modules (`names.GROUPS`); a group that is not named stays unquantized.
 
-    `bits` is what ASKED means when the caller says nothing, `total_bytes` the weights at true shapes.
+    bits: what ASKED means when the caller says nothing. total_bytes: the weights at true shapes. macs: where they run
+    with 8k tokens of context, as `plan.fitting_mac` says it.
     """
 
     summary: str
     bits: int
     groups: Mapping[str, int | Literal["asked"]]
     total_bytes: int
+    macs: str
+
+    def __str__(self) -> str:
+        return f"{self.summary}; {self.total_bytes / 1e9:.1f} GB, {self.macs}"
 
 
 RECIPES = {
@@ -59,6 +64,50 @@ RECIPES = {
             "router": 8,
         },
         total_bytes=16_542_844_632,
+        macs="fits Macs from 32 GB, or 24 GB after `sudo sysctl iogpu.wired_limit_mb=17200`",
+    ),
+    "compact": Recipe(
+        summary="4-bit experts, the rest at 4 to 6: for 24 GB Macs",
+        bits=4,
+        groups={
+            "experts": ASKED,
+            "self-conditioning": 4,
+            "vision projection": 4,
+            "embedding": 6,
+            "attention": 5,
+            "dense MLP": 5,
+            "router": 6,
+        },
+        total_bytes=15_738_549_976,
+        macs="fits Macs from 24 GB",
+    ),
+    "small": Recipe(
+        summary="3-bit experts, the rest at 4 to 6: the least that is useful",
+        bits=3,
+        groups={
+            "experts": ASKED,
+            "self-conditioning": 4,
+            "vision projection": 4,
+            "embedding": 4,
+            "attention": 4,
+            "dense MLP": 4,
+            "router": 6,
+        },
+        total_bytes=12_493_571_800,
+        macs="fits Macs from 24 GB, or 16 GB after `sudo sysctl iogpu.wired_limit_mb=13200`",
+    ),
+    "fidelity": Recipe(
+        summary="8-bit experts and projections, embedding and router unquantized: fewest steps",
+        bits=8,
+        groups={
+            "experts": ASKED,
+            "self-conditioning": ASKED,
+            "vision projection": ASKED,
+            "attention": ASKED,
+            "dense MLP": ASKED,
+        },
+        total_bytes=28_674_578_136,
+        macs="fits Macs from 48 GB, or 36 GB after `sudo sysctl iogpu.wired_limit_mb=29400`",
     ),
 }
 

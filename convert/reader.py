@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import CheckpointError
+from .hashes import file_sha256, known_sha256
 from .headers import ITEM_BYTES, Entry, read_header
 from .sources import TENSOR_SCALE, Piece, Stored, Weight
 
@@ -24,28 +25,50 @@ UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 NOT_FINITE = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F80_0000, "F8_E4M3": 0x7F}
 
 
-class Reader:
-    """Reads the tensors of the safetensors files in a directory; `close` it, or use it in a `with` statement."""
+class Files:
+    """The safetensors files of a directory, opened when first read. `close` it, or use it in a `with` statement."""
 
-    def __init__(self, directory: Path, allow_nan: bool = False) -> None:
+    def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.allow_nan = allow_nan
-        self._files: dict[str, tuple[int, int]] = {}  # name → descriptor, first byte of the data
+        self._opened: dict[str, tuple[int, int]] = {}
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> Files:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        for name in list(self._opened):
+            self.close(name)
 
-    def close(self) -> None:
-        for name in list(self._files):
-            self.release(name)
+    def open(self, name: str) -> tuple[int, int]:
+        """The descriptor of a file and the byte where its data begins. Raises CheckpointError."""
+        if name not in self._opened:
+            path = self.provide(name)
+            _, data = read_header(path)
+            self._opened[name] = os.open(path, os.O_RDONLY), data
+        return self._opened[name]
 
-    def release(self, name: str) -> None:
-        """Close the file called `name` if it is open."""
-        if name in self._files:
-            os.close(self._files.pop(name)[0])
+    def close(self, name: str) -> None:
+        if name in self._opened:
+            os.close(self._opened.pop(name)[0])
+
+    def provide(self, name: str) -> Path:
+        """The path of a file, which is there and whole once this returns. Raises CheckpointError."""
+        path = self.directory / name
+        known = known_sha256(path)
+        if known and file_sha256(path) != known:
+            raise CheckpointError(f"{path} is damaged: its SHA-256 is not {known}; download it again.")
+        return path
+
+    def finish(self, weight: Weight) -> None:
+        """Nothing of `weight` will be read again."""
+
+
+class Reader:
+    """Reads rows of stored tensors out of `files`."""
+
+    def __init__(self, files: Files, allow_nan: bool = False) -> None:
+        self.files = files
+        self.allow_nan = allow_nan
 
     def rows(self, entry: Entry, first: int, count: int) -> mx.array:
         """Rows [first, first + count) of a stored tensor, [count, columns]; FP8 as uint8.
@@ -86,20 +109,13 @@ class Reader:
         return narrowed
 
     def _fill(self, entry: Entry, offset: int, values: np.ndarray) -> None:
-        if entry.file not in self._files:
-            self._files[entry.file] = self._open(entry.file)
-        descriptor, data = self._files[entry.file]
+        descriptor, data = self.files.open(entry.file)
         view, position = memoryview(values).cast("B"), data + entry.begin + offset
         while view:
             got = os.preadv(descriptor, [view], position)
             if got == 0:
                 raise CheckpointError(f"{entry.file} ends inside {entry.name}; download it again.")
             view, position = view[got:], position + got
-
-    def _open(self, name: str) -> tuple[int, int]:
-        path = self.directory / name
-        _, data = read_header(path)
-        return os.open(path, os.O_RDONLY), data
 
 
 def slabs(weight: Weight) -> Iterator[tuple[Piece, int, int]]:

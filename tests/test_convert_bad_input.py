@@ -189,6 +189,16 @@ def test_no_tokenizer(tmp_path):
     refused(source, tmp_path / "out", "tokenizer.json", "tokenizer.model")
 
 
+def test_flipped_bytes_where_a_hash_is_known(tmp_path):
+    source = convert_checkpoint(DEMO, tmp_path / "source").out
+    with (source / "model.safetensors").open("r+b") as file:
+        file.seek(1_000_000)
+        byte = file.read(1)[0]
+        file.seek(1_000_000)
+        file.write(bytes([byte ^ 1]))
+    refused(source, tmp_path / "out", "model.safetensors is damaged", "SHA-256")
+
+
 def test_hub_cannot_be_reached(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refused("nobody/nothing-here", tmp_path / "out", "nobody/nothing-here", "network")
@@ -252,8 +262,9 @@ def test_other_options_do_not_resume(tmp_path, monkeypatch):
 
 
 def test_two_conversions_to_one_place(tmp_path):
-    def again(*_):
-        with pytest.raises(CheckpointError, match="Another conversion is writing"):
-            convert_checkpoint(DEMO, tmp_path / "out")
+    def again(done, total, _):
+        if done == total:
+            with pytest.raises(CheckpointError, match="Another conversion is writing"):
+                convert_checkpoint(DEMO, tmp_path / "out")
 
     assert convert_checkpoint(DEMO, tmp_path / "out", progress=again).out.is_dir()

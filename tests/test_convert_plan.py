@@ -2,15 +2,17 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from convert_data import TRUE_SHAPES, true_config, true_shapes
 
 from mlx_diffusiongemma.config import ModelConfig
 from mlx_diffusiongemma.convert import plan_tensors
-from mlx_diffusiongemma.convert.names import expected_tensors
+from mlx_diffusiongemma.convert.names import GROUPS, expected_tensors
 from mlx_diffusiongemma.convert.plan import SHARD_BYTES, fitting_mac, gpu_limit, shard_header
-from mlx_diffusiongemma.convert.quantization import as_config, make_scheme
+from mlx_diffusiongemma.convert.quantization import RECIPES, as_config, make_scheme
 from mlx_diffusiongemma.errors import CheckpointError
 
 
@@ -84,6 +86,26 @@ def test_options_that_do_not_exist(options, sentence):
     with pytest.raises(CheckpointError) as error:
         make_scheme(**options)
     assert str(error.value).startswith(sentence)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_say_what_they_come_to(name):
+    plan = plan_tensors(true_shapes("published"), true_config(), make_scheme(recipe=name))
+    recipe = RECIPES[name]
+    assert plan.total_bytes == recipe.total_bytes
+    assert fitting_mac(plan.running_bytes()) == recipe.macs
+    assert set(recipe.groups) <= set(GROUPS)
+    assert f"{plan.total_bytes / 1e9:.1f} GB" in str(recipe)
+
+
+def test_compact_fits_a_24_gb_mac_with_room():
+    plan = plan_tensors(true_shapes("published"), true_config(), make_scheme(recipe="compact"))
+    assert plan.running_bytes() * 1.05 <= gpu_limit(24)
+
+
+def test_recipes_need_no_mlx():
+    code = "import sys; from mlx_diffusiongemma.convert import RECIPES; assert 'mlx.core' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_overrides_win_and_must_match():
