@@ -8,7 +8,7 @@ Transformers >= 5.2x saves (`per_layer_config`), and mlx-community's, which is t
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,11 @@ class TextConfig:
             raise CheckpointError(
                 'config.json says use_bidirectional_attention "all"; only "vision" (or none) is supported.'
             )
-        plain = {f.name for f in fields(cls)} - {"layers", "rope_parameters"}
-        optional = {"rms_norm_eps", "final_logit_softcapping", "max_position_embeddings", "use_bidirectional_attention"}
-        _require(config, plain - optional, "text_config")
-        given = {name: config[name] for name in plain if config.get(name) is not None}
-        rope = config.get("rope_parameters") or DEFAULT_ROPE
-        return cls(**given, layers=_layers(config), rope_parameters={kind: dict(rope[kind]) for kind in rope})
+        return cls(
+            **_plain_values(cls, config, "text_config"),
+            layers=_layers(config),
+            rope_parameters=_rope_parameters(config),
+        )
 
 
 @dataclass(frozen=True)
@@ -96,19 +95,8 @@ class VisionConfig:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> VisionConfig:
-        names = {f.name for f in fields(cls)} - {"rope_theta"}
-        required = {f.name for f in fields(cls)} & {
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-        }
-        _require(config, required, "vision_config")
-        given = {name: config[name] for name in names if config.get(name) is not None}
         theta = (config.get("rope_parameters") or {}).get("rope_theta", 100.0)
-        return cls(**given, rope_theta=theta)
+        return cls(**_plain_values(cls, {**config, "rope_theta": theta}, "vision_config"))
 
 
 @dataclass(frozen=True)
@@ -125,6 +113,7 @@ class Quantization:
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Quantization:
         """Read a `quantization` object of config.json. Raises CheckpointError."""
+        _check_object(config, "quantization")
         try:
             group_size, bits = int(config["group_size"]), int(config["bits"])
         except (KeyError, TypeError, ValueError):
@@ -153,10 +142,10 @@ class ModelConfig:
 
     text: TextConfig
     vision: VisionConfig | None
-    canvas_length: int
-    image_token_id: int
-    boi_token_id: int
-    eoi_token_id: int
+    canvas_length: int = 256
+    image_token_id: int = 258_880
+    boi_token_id: int = 255_999
+    eoi_token_id: int = 258_882
     quantization: Quantization | None = None
 
     @classmethod
@@ -168,14 +157,11 @@ class ModelConfig:
                 "give a DiffusionGemma checkpoint."
             )
         _require(config, {"text_config"}, "config.json")
-        quantization = config.get("quantization")
+        vision, quantization = config.get("vision_config"), config.get("quantization")
         return cls(
-            text=TextConfig.from_dict(config["text_config"]),
-            vision=VisionConfig.from_dict(config["vision_config"]) if config.get("vision_config") else None,
-            canvas_length=config.get("canvas_length") or 256,
-            image_token_id=config.get("image_token_id") or 258_880,
-            boi_token_id=config.get("boi_token_id") or 255_999,
-            eoi_token_id=config.get("eoi_token_id") or 258_882,
+            **_plain_values(cls, config, "config.json"),
+            text=TextConfig.from_dict(_check_object(config["text_config"], "text_config")),
+            vision=VisionConfig.from_dict(_check_object(vision, "vision_config")) if vision else None,
             quantization=Quantization.from_dict(quantization) if quantization else None,
         )
 
@@ -198,6 +184,7 @@ class GenerationOptions:
     end_tokens: ids that end a reply.
     stop: strings that end a reply; they are not part of it.
     seed: of every random draw. None: another one each time.
+    retries: how often a first canvas that would make the reply empty is denoised again. 0: as the model has it.
     canvas_length: tokens per canvas, at most the checkpoint's.
     """
 
@@ -212,6 +199,7 @@ class GenerationOptions:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     canvas_length: int | None = None
+    retries: int = 3
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -225,6 +213,7 @@ class GenerationOptions:
             ("canvas_length", int, 1),
             ("stability", int, 0),
             ("seed", int, 0),
+            ("retries", int, 0),
         ):
             _check_number(self, name, kind, lowest)
         for name in ("entropy_bound", "t_max", "t_min", "confidence"):
@@ -309,6 +298,9 @@ def _layers(config: dict[str, Any]) -> tuple[LayerConfig, ...]:
     shape = {"head_dim": config["head_dim"], "num_key_value_heads": config["num_key_value_heads"]}
     per_layer = config.get("per_layer_config")
     if per_layer is not None:
+        _check_object(per_layer, "per_layer_config")
+        if not all(str(index).isdecimal() and isinstance(layer, dict) for index, layer in per_layer.items()):
+            raise CheckpointError("config.json: per_layer_config must map layer numbers to objects; download it again.")
         overrides = {int(index): layer for index, layer in per_layer.items()}
     else:
         full = {"head_dim": config.get("global_head_dim") or 512}
@@ -320,6 +312,39 @@ def _layers(config: dict[str, Any]) -> tuple[LayerConfig, ...]:
         override = {name: overrides.get(i, {}).get(name, shape[name]) for name in shape}
         layers.append(LayerConfig(kind, **override))
     return tuple(layers)
+
+
+def _rope_parameters(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Per kind of layer, its RoPE settings; the reference's where the configuration has none."""
+    given = _check_object(config.get("rope_parameters") or {}, "rope_parameters")
+    parameters = {kind: {**DEFAULT_ROPE[kind], **_check_object(given.get(kind) or {}, kind)} for kind in DEFAULT_ROPE}
+    for kind, rope in parameters.items():
+        if not isinstance(rope["rope_theta"], int | float) or rope["rope_type"] not in ("default", "proportional"):
+            raise CheckpointError(
+                f"config.json: the rope_parameters of {kind} layers are not understood; download it again."
+            )
+    return parameters
+
+
+def _check_object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise CheckpointError(f"config.json: {where} must be an object, not {value!r}; download it again.")
+    return value
+
+
+def _plain_values(cls: type, config: dict[str, Any], where: str) -> dict[str, Any]:
+    """The values of the dataclass's numbers, flags and strings; those left out take its defaults."""
+    kinds = {"int": int, "float": (int, float), "bool": bool, "str | None": str}
+    plain = [f for f in fields(cls) if f.type in kinds]
+    _require(config, {f.name for f in plain if f.default is MISSING}, where)
+    values = {f.name: config[f.name] for f in plain if config.get(f.name) is not None}
+    for f in plain:
+        value = values.get(f.name, 1)
+        if f.name in values and not isinstance(value, kinds[f.type]):
+            raise CheckpointError(f"config.json: {f.name} is {value!r}; download it again.")
+        if f.type == "int" and value < (0 if f.name.endswith("_id") else 1):
+            raise CheckpointError(f"config.json: {f.name} is {value}; download it again.")
+    return values
 
 
 def _require(config: dict[str, Any], names: set[str], where: str) -> None:
@@ -336,7 +361,7 @@ def _as_list(value: int | list[int] | None) -> list[int]:
 
 def _check_number(options: GenerationOptions, name: str, kind: type, lowest: float) -> None:
     value = getattr(options, name)
-    if value is None and name != "max_tokens":
+    if value is None and name not in ("max_tokens", "retries"):
         return
     accepted = (int, float) if kind is float else int
     if isinstance(value, bool) or not isinstance(value, accepted) or not value >= lowest:

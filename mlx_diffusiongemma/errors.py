@@ -15,3 +15,7 @@ class PromptError(DiffusionGemmaError):
 
 class CanvasError(DiffusionGemmaError):
     """A starting canvas does not fit the model or the request."""
+
+
+class MissingBackendError(DiffusionGemmaError, ImportError):
+    """MLX is not installed, or without a backend for this machine."""

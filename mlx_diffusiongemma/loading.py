@@ -107,8 +107,10 @@ def _shards(directory: Path) -> list[Path]:
         if not single.exists():
             raise CheckpointError(f"{directory} has no model.safetensors; give a directory with a whole checkpoint.")
         return [single]
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    paths = [directory / name for name in names]
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{index} has no weight_map of tensors to files; download it again.")
+    paths = [directory / name for name in sorted(set(names.values()))]
     for path in paths:
         if path.parent != directory:
             raise CheckpointError(f"{index} names a file outside its directory ({path}); download it again.")

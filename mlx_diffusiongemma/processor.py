@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class Processor:
         self.tokenizer = tokenizer
         self.image_budget = image_budget
         self._config = config
+        tokenizer.model_max_length = sys.maxsize  # the loop checks lengths; Transformers would warn on stderr
         vocabulary = tokenizer.get_vocab()
         if tokenizer.bos_token is None and "<bos>" in vocabulary:
             tokenizer.bos_token = "<bos>"  # without tokenizer_config.json; chat templates begin with it

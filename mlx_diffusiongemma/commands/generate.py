@@ -64,8 +64,11 @@ def generate(
     if raw:
         request = processor.raw_prompt(text)
     else:
-        request = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": text}]
-        request = processor.prompt(request, images=image or (), thinking=thinking)
+        parts = [*({"type": "image"} for _ in image or ()), {"type": "text", "text": text}]
+        messages = [{"role": "user", "content": parts if image else text}]
+        if system:
+            messages.insert(0, {"role": "system", "content": system})
+        request = processor.prompt(messages, images=image or (), thinking=thinking)
     events = stream(loaded, processor, request, options=options)
     if as_json:
         for event in events:

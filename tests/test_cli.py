@@ -1,0 +1,157 @@
+"""The command, run as a user runs it: stdout for answers, stderr for the rest, exit codes for what went wrong."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import DEMO
+
+COMMAND = [str(Path(sys.executable).with_name("mlx-dg"))]
+
+
+def run(*arguments, cwd=None, text_in="", **environment):
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        input=text_in,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        timeout=120,
+    )
+
+
+def test_help_answers_at_once():
+    def processor_seconds():
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    seconds = []
+    for _ in range(5):
+        before = processor_seconds()
+        assert run("--help").returncode == 0
+        seconds.append(processor_seconds() - before)
+    assert min(seconds) < 0.3
+
+
+def test_version_and_usage():
+    import mlx_diffusiongemma
+
+    assert run("--version").stdout.strip() == mlx_diffusiongemma.__version__
+    assert run().returncode == 2 and "convert" in run().stdout + run().stderr
+    assert run("generate", "--no-such-option").returncode == 2
+    assert run("convert", "--q4", "--q8").returncode == 2
+
+
+def test_an_answer_and_its_statistics(demo_float32):
+    done = run("generate", "sort 53142", "--model", demo_float32, "--seed", 1)
+    assert (done.returncode, done.stdout) == (0, "12345\n")
+    assert "5 tokens" in done.stderr and "1 canvas" in done.stderr and "peak" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["-"], [], ["--prompt", "reverse abc"], ["-p", "reverse abc"]])
+def test_the_prompt_comes_from_stdin_or_an_option(demo_float32, arguments):
+    done = run("generate", *arguments, "--model", demo_float32, "--seed", 1, text_in="reverse abc\n")
+    assert done.stdout == "cba\n"
+
+
+def test_json_is_one_event_a_line(demo_float32):
+    done = run("generate", "count from 17", "--model", demo_float32, "--seed", 1, "--json")
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    kinds = [event["type"] for event in events]
+    assert kinds[0] == "prefill" and kinds[-1] == "done" and kinds.count("commit") == 2
+    text = "".join(event["text"] for event in events if event["type"] == "commit")
+    assert text == " ".join(map(str, range(17, 47)))
+
+
+def test_options_reach_the_loop(demo_float32):
+    def steps(*arguments):
+        done = run("generate", "count from 17", "--model", demo_float32, "--seed", 1, "--json", *arguments)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    assert steps("--steps", 1)["stats"]["steps"] == [1, 1]
+    assert steps("--max-tokens", 4)["finish_reason"] == "length"
+    assert steps("--stop", "19")["stats"]["generated_tokens"] == 8
+    assert len(steps("--canvas-length", 16)["stats"]["steps"]) > 2
+
+
+def test_without_a_model_the_last_conversion_here_is_used(demo_float32, demo_4bit, tmp_path):
+    shutil.copytree(demo_4bit, tmp_path / "mine")
+    done = run("generate", "sort 53142", "--seed", 1, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "12345\n") and "mine" in done.stderr
+
+
+def test_without_any_model_the_download_is_announced(tmp_path):
+    done = run("generate", "hi", cwd=tmp_path, HF_HOME=str(tmp_path / "hub"))
+    assert done.returncode == 1 and "16.5 GB" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["generate", "hi", "--model", "/nowhere"], 1, "no directory"),
+        (["generate", "hi", "--model", DEMO], 1, f"mlx-dg convert {DEMO} --q4"),
+        (["generate", "hi", "--model", "nobody/nothing"], 1, "nobody/nothing"),
+        (["generate", "hi", "--temp", "0.5"], 1, "schedule"),
+        (["generate", "hi", "--max-tokens", "0"], 1, "max_tokens"),
+        (["generate", "hi", "--canvas-length", "99999", "--model", "MODEL"], 1, "canvas_length"),
+        (["generate", "x" * 5000, "--model", "MODEL"], 1, "5016 tokens"),
+        (["generate", "hi", "--image", "/nowhere.png", "--model", "MODEL"], 1, "/nowhere.png"),
+        (["convert", "/nowhere"], 1, "no directory"),
+        (["convert", DEMO, "--bits", "7"], 1, "7"),
+        (["convert", DEMO, "--group-size", "48"], 1, "48"),
+        (["convert", DEMO, "MODEL"], 1, "exists"),
+    ],
+)
+def test_what_goes_wrong_is_one_sentence(demo_float32, tmp_path, arguments, code, sentence):
+    done = run(*[demo_float32 if argument == "MODEL" else argument for argument in arguments], cwd=tmp_path)
+    assert done.returncode == code and done.stdout == ""
+    assert sentence in done.stderr and "Traceback" not in done.stderr
+    assert len([line for line in done.stderr.splitlines() if line.startswith("mlx-dg: ")]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_writes_what_generate_uses(tmp_path):
+    plan = run("convert", DEMO, "--q4", "--dry-run", cwd=tmp_path)
+    assert plan.returncode == 0 and "302 tensors" in plan.stdout and list(tmp_path.iterdir()) == []
+    done = run("convert", DEMO, "--q4", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "demo-4bit\n")
+    assert run("generate", "reverse abc", "--seed", 1, cwd=tmp_path).stdout == "cba\n"
+    assert run("convert", "--hf-path", DEMO, "--mlx-path", "m", "-q", "--q-bits", 8, cwd=tmp_path).stdout == "m\n"
+
+
+def test_demo_needs_no_network(tmp_path):
+    done = run("demo", "--seed", 1, HOME=str(tmp_path))
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[0] == "12345"
+    again = run("demo", "--seed", 1, HOME=str(tmp_path))
+    assert again.stdout == done.stdout and "Converting" not in again.stderr
+
+
+@pytest.mark.parametrize("arguments", [["generate", "-", "--max-tokens", "3000", "--steps", "48", "--confidence", "0"]])
+def test_ctrl_c_exits_130(demo_float32, arguments, tmp_path):
+    process = subprocess.Popen(
+        [*COMMAND, *arguments, "--model", demo_float32, "--json"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdin.write("count from 17")
+    process.stdin.close()
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert "Traceback" not in process.stderr.read()
+
+
+def test_a_closed_pipe_is_no_error(demo_float32):
+    command = f"{COMMAND[0]} generate 'count from 17' --model {demo_float32} --json | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
