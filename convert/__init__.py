@@ -9,20 +9,38 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .calibration import Calibration, calibrate, read_prompts
+    from .check import check_checkpoint
     from .conversion import convert_checkpoint, plan_conversion, plan_tensors
     from .plan import Plan
     from .quantization import RECIPES
     from .report import ConversionReport
+    from .upload import upload_checkpoint
 
 _HOMES = {
+    "calibration": ("Calibration", "calibrate", "read_prompts"),
+    "check": ("check_checkpoint",),
     "conversion": ("convert_checkpoint", "plan_conversion", "plan_tensors"),
     "plan": ("Plan",),
     "quantization": ("RECIPES",),
     "report": ("ConversionReport",),
+    "upload": ("upload_checkpoint",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = ["RECIPES", "ConversionReport", "Plan", "convert_checkpoint", "plan_conversion", "plan_tensors"]
+__all__ = [
+    "RECIPES",
+    "Calibration",
+    "ConversionReport",
+    "Plan",
+    "calibrate",
+    "check_checkpoint",
+    "convert_checkpoint",
+    "plan_conversion",
+    "plan_tensors",
+    "read_prompts",
+    "upload_checkpoint",
+]
 
 
 def __getattr__(name: str):

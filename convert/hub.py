@@ -35,7 +35,7 @@ def download(repository: str, revision: str | None, weights: bool = True) -> Pat
     from huggingface_hub import snapshot_download
 
     patterns = [*COMPANIONS, "model*.safetensors"] if weights else list(COMPANIONS)
-    path = _reaching(repository, lambda: snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    path = reaching(repository, lambda: snapshot_download(repository, revision=revision, allow_patterns=patterns))
     return Path(path)
 
 
@@ -44,7 +44,7 @@ def download_file(repository: str, commit: str, name: str, directory: Path) -> P
     from huggingface_hub import hf_hub_download
 
     return Path(
-        _reaching(repository, lambda: hf_hub_download(repository, name, revision=commit, local_dir=str(directory)))
+        reaching(repository, lambda: hf_hub_download(repository, name, revision=commit, local_dir=str(directory)))
     )
 
 
@@ -52,7 +52,7 @@ def remote_files(repository: str, commit: str) -> dict[str, tuple[int, str]]:
     """Size in bytes and SHA-256 of every large file of the repository. Raises CheckpointError."""
     from huggingface_hub import HfApi
 
-    info = _reaching(repository, lambda: HfApi().model_info(repository, revision=commit, files_metadata=True))
+    info = reaching(repository, lambda: HfApi().model_info(repository, revision=commit, files_metadata=True))
     return {file.rfilename: (file.lfs.size, file.lfs.sha256) for file in info.siblings or [] if file.lfs}
 
 
@@ -60,7 +60,7 @@ def remote_headers(repository: str, commit: str) -> dict[str, Entry]:
     """Every tensor of the repository at `commit`, from the beginnings of its files. Raises CheckpointError."""
     from huggingface_hub import get_safetensors_metadata
 
-    found = _reaching(repository, lambda: get_safetensors_metadata(repository, revision=commit))
+    found = reaching(repository, lambda: get_safetensors_metadata(repository, revision=commit))
     entries = {
         name: Entry(name, str(info.dtype), tuple(info.shape), file, info.data_offsets[0])
         for file, content in sorted(found.files_metadata.items())
@@ -70,7 +70,8 @@ def remote_headers(repository: str, commit: str) -> dict[str, Entry]:
     return entries
 
 
-def _reaching(repository: str, action: Callable[[], T]) -> T:
+def reaching(repository: str, action: Callable[[], T]) -> T:
+    """What `action` returns; its failures, which concern `repository`, as CheckpointErrors of one sentence."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HfHubHTTPError,
@@ -100,6 +101,13 @@ def _reaching(repository: str, action: Callable[[], T]) -> T:
         ) from None
     except EntryNotFoundError as error:
         raise CheckpointError(f"{repository} lacks a file it needs ({_first_line(error)}).") from None
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise CheckpointError(
+                f"The hub refuses access to {repository} ({_first_line(error)}); run `hf auth login` with a token that "
+                "may do this."
+            ) from None
+        raise Interrupted(f"The hub answers for {repository}: {_first_line(error)}; try again later.") from None
     except (transport, ConnectionError, TimeoutError) as error:
         raise Interrupted(
             f"The hub could not be reached for {repository} ({_first_line(error)}); check the network and run the "

@@ -84,7 +84,10 @@ class Handler(BaseHTTPRequestHandler):
             (self.root / name).mkdir(parents=True, exist_ok=True)
             return self._json({"url": f"http://{self.headers['Host']}/{name}", "id": "0", "name": name})
         if "preupload" in parts:
-            files = [{"path": f["path"], "uploadMode": "regular"} for f in json.loads(content)["files"]]
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for f in json.loads(content)["files"]
+            ]
             return self._json({"files": files})
         if "commit" in parts:
             return self._commit(self.root / parts[2] / parts[3], content)

@@ -1,4 +1,4 @@
-"""Conversion straight from a hub: the real client against a small server of our own, in processes of their own."""
+"""From a hub and back to it: the real client against a small server of our own, in processes of their own."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from convert_data import all_tensors, copy_demo, split
+from convert_data import DEMO, all_tensors, copy_demo, split
 from test_convert import one_key_per_expert
 
 from mlx_diffusiongemma.convert import convert_checkpoint
@@ -150,3 +150,31 @@ except CheckpointError as error:
 """
     assert "outside its own directory" in run(server, tmp_path / "out", code).stdout
     assert "evil" not in (server[0] / "requests.log").read_text()
+
+
+def test_upload(server, tmp_path):
+    converted = convert_checkpoint(DEMO, tmp_path / "demo").out
+    code = """
+import os
+from mlx_diffusiongemma.convert import upload_checkpoint
+for token, force in (("", False), ("hf_x", False), ("hf_x", False), ("hf_x", True)):
+    os.environ["HF_TOKEN"] = token
+    try:
+        print(upload_checkpoint(out, "someone/tiny-4bit", force=force))
+    except CheckpointError as error:
+        print(error)
+"""
+    done = run(server, converted, code)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stderr
+    assert "hf auth login" in lines[0]
+    assert lines[1].endswith("/someone/tiny-4bit"), done.stderr
+    assert "has files already" in lines[2] and "--force" in lines[2]
+    assert lines[3] == lines[1]
+    uploaded = server[0] / "someone" / "tiny-4bit"
+    assert {path.name: path.read_bytes() for path in uploaded.iterdir()} == {
+        path.name: path.read_bytes() for path in converted.iterdir()
+    }
+    (converted / "tokenizer.json").unlink()
+    refused = run(server, converted, code).stdout.splitlines()
+    assert all("not fit to upload" in line for line in refused)

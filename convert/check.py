@@ -1,0 +1,142 @@
+"""Is a converted checkpoint whole? Every tensor read, every hash compared, the tokenizer tried, a canvas denoised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from ..config import GenerationOptions, ModelConfig, read_json
+from ..errors import CheckpointError, DiffusionGemmaError
+from .hashes import file_sha256, known_sha256
+from .headers import INDEX_NAME, ITEM_BYTES, Entry, read_checkpoint_headers
+from .names import layout_name
+from .packaging import check_tokenizer
+from .reader import NOT_FINITE, SLAB_BYTES, Files, Reader
+from .sources import find_weights
+
+SAMPLE = 'Grüße, 世界! {"naïve": 🙂}\n'
+Tell = Callable[[str], None]
+
+
+def check_checkpoint(directory: str | Path, tell: Tell | None = None) -> list[str]:
+    """What is wrong with the converted checkpoint in `directory`, one sentence each; empty when nothing is.
+
+    `tell` is called with the name of every check as it starts.
+    """
+    return _run(Path(directory).expanduser(), CHECKS, tell or (lambda _: None))
+
+
+def check_files(directory: Path) -> list[str]:
+    """The same for what takes no time: configuration, names, shapes, types and hashes."""
+    return _run(directory, dict(list(CHECKS.items())[:3]), lambda _: None)
+
+
+def _run(directory: Path, checks: Mapping[str, Callable[[Path], Iterator[str]]], tell: Tell) -> list[str]:
+    problems: list[str] = []
+    for name, check in checks.items():
+        tell(name)
+        try:
+            problems += check(directory)
+        except DiffusionGemmaError as error:
+            problems.append(str(error))
+        if problems and name in NEEDED_BY_THE_REST:
+            break
+    return problems
+
+
+def _configuration(directory: Path) -> Iterator[str]:
+    ModelConfig.from_directory(directory)
+    options = GenerationOptions.from_checkpoint(directory)
+    if not options.end_tokens:
+        yield f"{directory} names no end token, so that replies never end; convert it again."
+    check_tokenizer(directory)
+
+
+def _layout(directory: Path) -> Iterator[str]:
+    """Names, shapes and types against the configuration, and the configuration against the names."""
+    config, entries = ModelConfig.from_directory(directory), read_checkpoint_headers(directory)
+    if any(layout_name(name) != name for name in entries):
+        yield f"{directory} is not converted, or not all of it; convert it with `mlx-dg convert {directory}`."
+        return
+    paths = {weight.path for weight in find_weights(entries.values(), config)}
+    overrides = config.quantization.overrides if config.quantization else None
+    for path in sorted(set(overrides or {}) - paths):
+        yield f"config.json says how {path} is quantized, which the model does not have; convert it again."
+    total = sum(entry.nbytes for entry in entries.values())
+    if (directory / INDEX_NAME).is_file():
+        said = (read_json(directory / INDEX_NAME).get("metadata") or {}).get("total_size", total)
+        if said != total:
+            yield f"{INDEX_NAME} says {said:,} bytes, but the tensors have {total:,}; download or convert it again."
+
+
+def _hashes(directory: Path) -> Iterator[str]:
+    for name in sorted({entry.file for entry in read_checkpoint_headers(directory).values()}):
+        known = known_sha256(directory / name)
+        if known and file_sha256(directory / name) != known:
+            yield f"{name} has changed: its SHA-256 is not {known}; download or convert it again."
+
+
+def _values(directory: Path) -> Iterator[str]:
+    """Every byte of every tensor is read, and every float must be finite."""
+    entries = read_checkpoint_headers(directory).values()
+    with UncheckedFiles(directory) as files:
+        reader = Reader(files)
+        for entry in entries:
+            try:
+                _read_all(reader, entry)
+            except CheckpointError as error:
+                yield str(error)
+
+
+class UncheckedFiles(Files):
+    """Files whose hashes are compared elsewhere."""
+
+    def provide(self, name: str) -> Path:
+        return self.directory / name
+
+
+def _read_all(reader: Reader, entry: Entry) -> None:
+    if entry.dtype not in NOT_FINITE and entry.dtype not in ("U8", "U32"):
+        raise CheckpointError(f"{entry.file}: {entry.name} has the type {entry.dtype}, which no checkpoint here has.")
+    size = math.prod(entry.shape)
+    column, step = replace(entry, shape=(size, 1)), SLAB_BYTES // ITEM_BYTES[entry.dtype]
+    for first in range(0, size, step):
+        reader.rows(column, first, min(step, size - first))
+
+
+def _tokenizer(directory: Path) -> Iterator[str]:
+    from ..processor import Processor
+
+    config = ModelConfig.from_directory(directory)
+    processor = Processor.from_directory(directory, config)
+    tokens = processor.tokenizer.encode(SAMPLE, add_special_tokens=False)
+    if processor.tokenizer.decode(tokens) != SAMPLE:
+        yield "The tokenizer does not give a text back as it was; copy the model's own tokenizer files there."
+    prompt = processor.prompt("Hello")
+    if max(*tokens, *prompt.tokens) >= config.text.vocab_size:
+        yield "The tokenizer has ids beyond the model's vocabulary; copy the model's own tokenizer files there."
+
+
+def _canvas(directory: Path) -> Iterator[str]:
+    from ..events import Draft
+    from ..generation import stream
+    from ..loading import load
+
+    model, processor = load(directory)
+    options = GenerationOptions(max_steps=2, max_tokens=model.config.canvas_length, seed=0)
+    drafts = [event for event in stream(model, processor, "Hello", options=options) if isinstance(event, Draft)]
+    if not drafts or not all(math.isfinite(value) for draft in drafts for value in draft.entropy):
+        yield "Denoising a canvas gives values that are not finite; convert the checkpoint again, in bfloat16."
+
+
+CHECKS: dict[str, Callable[[Path], Iterator[str]]] = {
+    "configuration": _configuration,
+    "names, shapes and types": _layout,
+    "hashes": _hashes,
+    "values": _values,
+    "tokenizer": _tokenizer,
+    "one canvas": _canvas,
+}
+NEEDED_BY_THE_REST = {"configuration", "names, shapes and types", "values", "tokenizer"}
