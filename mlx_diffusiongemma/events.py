@@ -80,7 +80,8 @@ class Commit:
 class Stats:
     """What a request cost. Times are seconds of wall clock, memory is bytes.
 
-    `generated_tokens` counts what was committed; `steps` holds the denoising steps of each canvas.
+    `cached_tokens` of the prompt's were not encoded again; `generated_tokens` counts what was committed; `steps` holds
+    the denoising steps of each canvas; `retries` counts the empty first canvases that were denoised again.
     """
 
     prompt_tokens: int = 0
@@ -112,10 +113,11 @@ class Stats:
 
 @dataclass(frozen=True)
 class Done:
-    """The last event of a request."""
+    """The last event of a request. `note` is a sentence for the user where the reply says nothing, and why."""
 
     finish_reason: FinishReason
     stats: Stats
+    note: str = ""
 
 
 Event = Prefill | Draft | Commit | Done
@@ -123,7 +125,7 @@ Event = Prefill | Draft | Commit | Done
 
 @dataclass(frozen=True)
 class Result:
-    """A whole reply. `print(result)` prints its text."""
+    """A whole reply. `print(result)` prints its text; `note` is `Done`'s."""
 
     text: str
     thinking: str = ""
@@ -131,6 +133,7 @@ class Result:
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason = "stop"
     stats: Stats = field(default_factory=Stats)
+    note: str = ""
 
     def __str__(self) -> str:
         return self.text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,10 @@ from .canvas import Canvas
 from .config import GenerationOptions
 from .denoising import CanvasRun, Step
 from .errors import CanvasError, PromptError
-from .events import Commit, Done, Draft, Event, FinishReason, Part, Prefill, Result, Stats, join_text
+from .events import Commit, Done, Draft, Event, FinishReason, Part, Prefill, Result, Stats
+from .prefix import encode_prompt
+from .replies import merge, reply_from_parts
+from .stops import StopStrings
 
 if TYPE_CHECKING:
     from .model.cache import Cache
@@ -35,6 +38,7 @@ def stream(
     thinking: bool = False,
     canvas: Canvas | None = None,
     options: GenerationOptions | None = None,
+    cache: Cache | None = None,
     max_tokens: int | None = None,
     seed: int | None = None,
     cancel: threading.Event | None = None,
@@ -44,10 +48,13 @@ def stream(
     prompt: a string (one user turn), chat messages, token ids or a `Prompt`. images, tools, thinking: see
     `Processor.prompt`. canvas: what to start from instead of noise. options: None is the checkpoint's; `max_tokens`
     and `seed` override it. Setting `cancel` from any thread, or closing the iterator, stops within one step.
+    cache: from `model.make_cache()`, kept from one request to the next: what a prompt has in common with what the
+    cache holds is not encoded again, and the reply is the same. One request at a time.
     Raises PromptError and CanvasError before anything is computed.
     """
     prepared = processor.prompt(prompt, images=images, tools=tools, thinking=thinking)
-    batch = _Batch(model, processor, [prepared], _settings(model, options, max_tokens, seed), canvas, cancel)
+    settings = _settings(model, options, max_tokens, seed)
+    batch = _Batch(model, processor, [prepared], settings, canvas=canvas, cache=cache, cancel=cancel)
     return (event for _, event in batch.run())
 
 
@@ -61,14 +68,32 @@ def generate(
     thinking: bool = False,
     canvas: Canvas | None = None,
     options: GenerationOptions | None = None,
+    cache: Cache | None = None,
     max_tokens: int | None = None,
     seed: int | None = None,
     cancel: threading.Event | None = None,
 ) -> Result:
     """`stream`, to the end: the whole reply."""
     prepared = processor.prompt(prompt, images=images, tools=tools, thinking=thinking)
-    batch = _Batch(model, processor, [prepared], _settings(model, options, max_tokens, seed), canvas, cancel)
-    return batch.results()[0]
+    settings = _settings(model, options, max_tokens, seed)
+    batch = _Batch(model, processor, [prepared], settings, canvas=canvas, cache=cache, cancel=cancel)
+    return collect(event for _, event in batch.run())
+
+
+def collect(events: Iterable[Event]) -> Result:
+    """The whole reply that `events`, from `stream` or a session, report."""
+    tokens: list[int] = []
+    parts: list[Part] = []
+    done = Done("cancelled", Stats())
+    for event in events:
+        match event:
+            case Commit():
+                tokens += event.tokens
+                parts += event.parts
+            case Done():
+                done = event
+    reply = reply_from_parts(parts)
+    return Result(reply.text, reply.thinking, reply.tool_calls, tokens, done.finish_reason, done.stats, done.note)
 
 
 def generate_batch(
@@ -89,7 +114,11 @@ def generate_batch(
         raise PromptError("The batch has no prompt; give at least one.")
     prepared = [processor.prompt(prompt) for prompt in prompts]
     settings = _settings(model, options, max_tokens, seed)
-    return _Batch(model, processor, prepared, settings, None, cancel).results()
+    replies: list[list[Event]] = [[] for _ in prepared]
+    for row, event in _Batch(model, processor, prepared, settings, cancel=cancel).run():
+        if isinstance(event, Commit | Done):
+            replies[row].append(event)
+    return [collect(events) for events in replies]
 
 
 def _settings(
@@ -116,10 +145,15 @@ class _Batch:
         processor: Processor,
         prompts: list[Prompt],
         options: GenerationOptions,
-        canvas: Canvas | None,
-        cancel: threading.Event | None,
+        *,
+        canvas: Canvas | None = None,
+        cache: Cache | None = None,
+        cancel: threading.Event | None = None,
     ):
         self.model, self.processor, self.prompts, self.options = model, processor, prompts, options
+        self.kept = cache
+        if cache is not None and (cache.config != model.config.text or len(cache.labels) != cache.offset):
+            raise PromptError("This cache holds a batch, or prompts of another model; give one of model.make_cache().")
         self.canvas = canvas or Canvas([])
         self.canvas.check(model.config.text.vocab_size)
         if len(self.canvas.tokens) > options.max_tokens:
@@ -140,17 +174,12 @@ class _Batch:
                 f"{self.limit - options.canvas_length} fit this model's context of {self.limit}."
             )
 
-    def results(self) -> list[Result]:
-        for _ in self.run():
-            pass
-        return [row.result() for row in self.rows]
-
     def run(self) -> Iterator[tuple[int, Event]]:
         """Events of all rows, each with its row."""
         mx.reset_peak_memory()
         started = time.perf_counter()
-        cache = self.model.make_cache()
-        yield from self._prefill(cache)
+        cache = self.model.make_cache() if self.kept is None else self.kept
+        yield from self._prefill(cache) if self.kept is None else self._prefill_rest(cache)
         prefilled = time.perf_counter()
         number = 0
         while not all(row.finish_reason for row in self.rows):
@@ -166,7 +195,7 @@ class _Batch:
                 denoise_seconds=ended - prefilled,
                 peak_memory_bytes=mx.get_peak_memory(),
             )
-            yield index, Done(row.finish_reason, row.stats)
+            yield index, Done(row.finish_reason, row.stats, row.note())
 
     def _prefill(self, cache: Cache) -> Iterator[tuple[int, Event]]:
         lengths = [len(prompt.tokens) for prompt in self.prompts]
@@ -182,8 +211,37 @@ class _Batch:
                 self._cancel()
                 return
 
+    def _prefill_rest(self, cache: Cache) -> Iterator[tuple[int, Event]]:
+        """The one prompt, from where the cache ends to agree with it."""
+        row, total = self.rows[0], len(self.prompts[0].tokens)
+        steps = encode_prompt(self.model, cache, self.prompts[0])
+        for number, done in enumerate(steps):
+            if number == 0:
+                row.stats = replace(row.stats, cached_tokens=done)
+            yield 0, Prefill(done, total)
+            if self.cancelled():
+                self._cancel()
+                return
+
     def _one_canvas(self, cache: Cache, number: int) -> Iterator[tuple[int, Event]]:
-        """Denoise a canvas in every unfinished row and commit what it gave."""
+        """Denoise a canvas in every unfinished row, again where a reply would be empty, and commit what it gave."""
+        rows = [index for index, row in enumerate(self.rows) if row.finish_reason is None]
+        yield from self._attempt(cache, number, 0, rows)
+        retries = self.options.retries if number == 0 and not self.canvas.tokens else 0
+        for attempt in range(1, retries + 1):
+            empty = [index for index in rows if self.rows[index].is_empty()]
+            if not empty:
+                break
+            for index in empty:
+                self.rows[index].retry()
+            yield from self._attempt(cache, number, attempt, empty)
+        full = cache.offset + 2 * self.options.canvas_length > self.limit
+        for index in rows:
+            if self.rows[index].finish_reason is None:
+                yield index, self.rows[index].commit(number, out_of_context=full)
+
+    def _attempt(self, cache: Cache, number: int, attempt: int, rows: list[int]) -> Iterator[tuple[int, Event]]:
+        """Denoise a canvas in the given rows, whose tokens are then those of the last step."""
         options = self.options
         run = CanvasRun(
             self.model,
@@ -193,9 +251,10 @@ class _Batch:
             self.model.config.text.vocab_size,
             seed=options.seed,
             number=number,
-            settled=[row.finish_reason is not None for row in self.rows],
+            attempt=attempt,
+            settled=[index not in rows for index in range(len(self.rows))],
         )
-        working = [index for index, row in enumerate(self.rows) if row.finish_reason is None]
+        working = list(rows)
         steps = run.steps()
         try:
             for step in steps:
@@ -208,10 +267,6 @@ class _Batch:
                     return
         finally:
             steps.close()
-        full = cache.offset + 2 * options.canvas_length > self.limit
-        for index, row in enumerate(self.rows):
-            if row.finish_reason is None:
-                yield index, row.commit(number, out_of_context=full)
 
     def _encode_canvas(self, cache: Cache) -> None:
         self.model.encode(mx.array([row.canvas for row in self.rows]), cache)
@@ -232,11 +287,12 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     steps: int = 0
+    wasted_steps: int = 0  # of this canvas's earlier attempts
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:
-        self.parser = self.processor.reply_parser()
-        self.stops = _StopStrings(self.options.stop)
+        self.parser = self.processor.reply_parser(self.prompt)
+        self.stops = StopStrings(self.options.stop)
         self.stats = Stats(prompt_tokens=len(self.prompt.tokens))
 
     def draft(self, number: int, step: Step, index: int) -> Draft:
@@ -252,6 +308,25 @@ class _Row:
             text=self.processor.draft_text(before_end),
         )
 
+    def is_empty(self) -> bool:
+        """Whether the canvas would end an unfinished reply before its first token."""
+        return self.finish_reason is None and self.canvas[0] in self.options.end_tokens
+
+    def retry(self) -> None:
+        """The canvas is denoised again."""
+        self.wasted_steps += self.steps
+        self.stats = replace(self.stats, retries=self.stats.retries + 1)
+
+    def note(self) -> str:
+        """What a user should know about a reply that says nothing; empty for any other."""
+        if self.finish_reason == "stop" and not self.tokens:
+            attempts = self.stats.retries + 1
+            times = f", {attempts} times in a row" if attempts > 1 else ""
+            return f"The model ended its reply before the first word{times}; ask for more than that, or rephrase."
+        if self.finish_reason == "length" and {kind for kind, _ in self.parts} == {"thinking"}:
+            return f"The thought took all {len(self.tokens)} tokens; raise max_tokens, or ask without thinking."
+        return ""
+
     def commit(self, number: int, out_of_context: bool) -> Commit:
         """Take the canvas in: up to an end token, a stop string or the last token asked for."""
         tokens, ended = _cut_at_end(self.canvas, self.options.end_tokens)
@@ -264,82 +339,14 @@ class _Row:
             self.finish_reason = "length"
         if self.finish_reason and not stopped:
             parts += self.stops.rest(self.parser.finish())
-        parts = _merged(parts)
+        parts = merge([part for part in parts if part[1]])
         self.parts += parts
         self.tokens += tokens
         if self.finish_reason == "stop" and any(kind == "tool_call" for kind, _ in self.parts):
             self.finish_reason = "tool"
-        self.stats = replace(self.stats, generated_tokens=len(self.tokens), steps=[*self.stats.steps, self.steps])
-        return Commit(number, tokens, parts, self.steps)
-
-    def result(self) -> Result:
-        reply = self.processor.parse(self.tokens)
-        return Result(
-            text=join_text(self.parts),
-            thinking=reply.thinking,
-            tool_calls=reply.tool_calls,
-            tokens=self.tokens,
-            finish_reason=self.finish_reason,
-            stats=self.stats,
-        )
-
-
-class _StopStrings:
-    """Looks for stop strings in the visible text, and holds back what may become one."""
-
-    def __init__(self, stops: tuple[str, ...]):
-        self.stops = stops
-        self.held = ""
-
-    def take(self, tokens: list[int], feed: Callable[[list[int]], list[Part]]) -> tuple[list[int], list[Part], bool]:
-        """The tokens up to a stop string, their parts without it, and whether one was found."""
-        if not self.stops:
-            return tokens, feed(tokens), False
-        parts: list[Part] = []
-        for count, token in enumerate(tokens, start=1):
-            for part in feed([token]):
-                if self._extend(parts, part):
-                    return tokens[:count], parts, True
-        return tokens, parts, False
-
-    def rest(self, parts: list[Part]) -> list[Part]:
-        """The reply's last parts, after what was held back."""
-        held = [("text", self.held)] if self.held else []
-        self.held = ""
-        return held + parts
-
-    def _extend(self, parts: list[Part], part: Part) -> bool:
-        """Append a part; True where a stop string was completed."""
-        kind, text = part
-        if kind != "text":
-            parts += [*self.rest([]), part]
-            return False
-        text = self.held + text
-        found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
-        if found:
-            self.held = ""
-            parts.append(("text", text[: min(found)]))
-            return True
-        keep = max(_overlap(text, stop) for stop in self.stops)
-        self.held = text[len(text) - keep :]
-        parts.append(("text", text[: len(text) - keep]))
-        return False
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` could begin `stop`."""
-    return max(n for n in range(min(len(text), len(stop) - 1) + 1) if text.endswith(stop[:n]))
-
-
-def _merged(parts: list[Part]) -> list[Part]:
-    """Neighbours of one kind joined, empty ones dropped; tool calls stay apart."""
-    merged: list[Part] = []
-    for kind, text in parts:
-        if merged and merged[-1][0] == kind != "tool_call":
-            merged[-1] = (kind, merged[-1][1] + text)
-        elif text:
-            merged.append((kind, text))
-    return merged
+        steps, self.wasted_steps = self.wasted_steps + self.steps, 0
+        self.stats = replace(self.stats, generated_tokens=len(self.tokens), steps=[*self.stats.steps, steps])
+        return Commit(number, tokens, parts, steps)
 
 
 def _cut_at_end(tokens: list[int], end_tokens: tuple[int, ...]) -> tuple[list[int], bool]:

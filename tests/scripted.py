@@ -103,7 +103,7 @@ class ByteProcessor:
     def parse(self, tokens):
         return Reply(self.draft_text(tokens), "", [])
 
-    def reply_parser(self):
+    def reply_parser(self, prompt=None):
         return SimpleNamespace(
             feed=lambda tokens: [("text", self.draft_text(tokens))] if tokens else [], finish=lambda: []
         )

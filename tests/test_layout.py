@@ -13,7 +13,7 @@ PACKAGE = ROOT / "mlx_diffusiongemma"
 LAYERS = [
     {"errors", "config", "events", "checkpoint_files"},
     {"model", "canvas", "sampling", "processor", "messages", "replies", "tools", "images"},
-    {"loading", "denoising"},
+    {"loading", "denoising", "prefix", "stops"},
     {"generation"},
     {"session", "convert"},
     {"benchmark", "layout", "pictures", "terminal", "trace"},

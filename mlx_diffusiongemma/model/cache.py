@@ -6,11 +6,18 @@ a denoising step neither concatenates nor copies the prefix. What lies past the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 import mlx.core as mx
 
 from ..config import TextConfig
 
 GROWTH = 1024  # tokens that a full layer's buffer grows by
+SNAPSHOT_BYTES = 2**30  # that snapshots may take: about four of the published model's
+
+Label = int | str  # what a token of the prefix is: its id, or the digest of the image it is part of
 
 
 class LayerCache:
@@ -126,18 +133,42 @@ class LayerCache:
         return twin
 
 
-class Cache:
-    """The encoded prefix of a batch of B rows.
-
-    offset: tokens encoded so far, padding included. padding: per row, how many of the first tokens are padding
-    (a ragged batch is aligned at its end), or None.
+@dataclass(frozen=True)
+class Snapshot:
+    """The sliding layers as they were after `offset` tokens. Full layers keep every token: their beginning is their
+    past, so that a snapshot costs the same however long the prefix is.
     """
 
-    def __init__(self, config: TextConfig, keep: int):
+    offset: int
+    layers: tuple[LayerCache, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.keys is not None)
+
+    def reach(self, tokens: int) -> int:
+        """The longest prefix of at most `tokens` tokens that can be had from here."""
+        target = min(tokens, self.offset)
+        back = self.offset - target
+        return target if all(layer.length - back >= min(target, layer.window - 1) for layer in self.layers) else 0
+
+
+class Cache:
+    """The encoded prefix of a batch of B rows, which can go back to what it was.
+
+    offset: tokens encoded so far, padding included. padding: per row, how many of the first tokens are padding
+    (a ragged batch is aligned at its end), or None. labels: what each token is, where there is one row, and nothing
+    for a batch. snapshot_bytes: what snapshots may take; the oldest are dropped.
+    """
+
+    def __init__(self, config: TextConfig, keep: int, snapshot_bytes: int = SNAPSHOT_BYTES):
         self.config = config
         self.keep = keep
+        self.snapshot_bytes = snapshot_bytes
         self.offset = 0
         self.padding: tuple[int, ...] | None = None
+        self.labels: list[Label] = []
+        self.snapshots: list[Snapshot] = []
         self.layers = [LayerCache(config.sliding_window if layer.is_sliding else None, keep) for layer in config.layers]
 
     @property
@@ -155,25 +186,54 @@ class Cache:
 
     def fork(self) -> Cache:
         """A copy that can go its own way. The two share memory until one of them is written to."""
-        twin = Cache(self.config, self.keep)
+        twin = Cache(self.config, self.keep, self.snapshot_bytes)
         twin.offset, twin.padding = self.offset, self.padding
+        twin.labels, twin.snapshots = self.labels[:], self.snapshots[:]
         twin.layers = [layer.fork() for layer in self.layers]
         return twin
+
+    def snapshot(self) -> None:
+        """Make the prefix as it is now one that `rewind` can go back to, whatever is encoded after it."""
+        if any(snapshot.offset == self.offset for snapshot in self.snapshots):
+            return
+        self.evaluate()
+        self.snapshots.append(self._now())
+        while sum(snapshot.nbytes for snapshot in self.snapshots) > self.snapshot_bytes:
+            self.snapshots.pop(0)
+
+    def rewind(self, tokens: int) -> int:
+        """Go back to the longest prefix of at most `tokens` tokens that layers and snapshots still have; its length.
+
+        Exact wherever it gets to: the next tokens see what they would after a prompt that ended there.
+        """
+        states = [self._now(), *self.snapshots]
+        nearest = max(states, key=lambda state: state.reach(tokens))
+        self._return_to(nearest, nearest.reach(tokens))
+        return self.offset
 
     def trim(self, tokens: int) -> None:
         """Forget the last `tokens` tokens. Raises ValueError where a sliding layer no longer has what comes before.
 
         Up to the model's canvas length is always possible, and any number while nothing has left the window.
         """
-        left = self.offset - tokens
+        left, now = self.offset - tokens, self._now()
         if not 0 <= tokens <= self.offset:
             raise ValueError(f"cannot trim {tokens} tokens of {self.offset}")
-        for layer in self.layers:
-            if layer.window is not None and layer.length - tokens < min(left, layer.window - 1):
-                raise ValueError(f"cannot trim {tokens} tokens: sliding layers keep a window and {self.keep} tokens")
-        for layer in self.layers:
-            layer.trim(tokens)
-        self.offset = left
+        if now.reach(left) != left:
+            raise ValueError(f"cannot trim {tokens} tokens: sliding layers keep a window and {self.keep} tokens")
+        self._return_to(now, left)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Encode within this. What is stopped halfway, some layers written and some not, goes back to the last
+        snapshot, or to nothing.
+        """
+        try:
+            yield
+        except BaseException:
+            last = self.snapshots[-1] if self.snapshots else self._now()
+            self._return_to(last, last.offset if self.snapshots else 0)
+            raise
 
     def settle(self) -> None:
         """Let the next canvas be written in place of the last one. Call it when that one is not needed again."""
@@ -184,6 +244,21 @@ class Cache:
         """Free what the last canvas held beside the prefix."""
         for layer in self.layers:
             layer.release()
+
+    def _now(self) -> Snapshot:
+        return Snapshot(self.offset, tuple(layer.fork() for layer in self.layers if layer.window is not None))
+
+    def _return_to(self, snapshot: Snapshot, tokens: int) -> None:
+        """Become the first `tokens` tokens, which `snapshot` reaches."""
+        sliding = iter(snapshot.layers)
+        self.layers = [layer if layer.window is None else next(sliding).fork() for layer in self.layers]
+        for layer in self.layers:
+            lost = layer.length - tokens if layer.window is None else snapshot.offset - tokens
+            layer.trim(min(lost, layer.length))
+        self.offset = tokens
+        self.padding = self.padding if tokens else None
+        del self.labels[tokens:]
+        self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.offset <= tokens]
 
 
 def _with_room(array: mx.array, room: int) -> mx.array:

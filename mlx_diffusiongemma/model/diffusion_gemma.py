@@ -14,7 +14,7 @@ import numpy as np
 from ..config import FULL, SLIDING, GenerationOptions, LayerConfig, ModelConfig, TextConfig
 from ..errors import CheckpointError
 from . import vocabulary
-from .cache import Cache
+from .cache import SNAPSHOT_BYTES, Cache, Label
 from .layers import MLP, Attention, Extend, SelfConditioning
 from .moe import Experts, Router
 from .vision import VisionModel, image_blocks
@@ -26,10 +26,13 @@ Block = tuple[int, int]  # first position of an image's tokens, and the one afte
 
 
 class Image(Protocol):
-    """A preprocessed image: pixels [patches, 3 * patch_size^2] in 0..1 and positions [patches, 2] as (x, y)."""
+    """A preprocessed image: pixels [patches, 3 * patch_size^2] in 0..1, positions [patches, 2] as (x, y), and a digest
+    of both.
+    """
 
     pixels: np.ndarray
     positions: np.ndarray
+    digest: str
 
 
 class DecoderLayer(nn.Module):
@@ -123,9 +126,9 @@ class DiffusionGemma(nn.Module):
         self._load_vision = load_vision
         self._vision = None
 
-    def make_cache(self) -> Cache:
-        """An empty prefix."""
-        return Cache(self.config.text, keep=self.config.canvas_length)
+    def make_cache(self, snapshot_bytes: int = SNAPSHOT_BYTES) -> Cache:
+        """An empty prefix. snapshot_bytes: see `Cache`."""
+        return Cache(self.config.text, self.config.canvas_length, snapshot_bytes)
 
     def fuse(self) -> None:
         """Join projections of one input (q, k, v; gate, up) into one product: same numbers, names unchanged."""
@@ -161,6 +164,7 @@ class DiffusionGemma(nn.Module):
         of the rows moved to the end where the batch is ragged. The cache is computed before each yield.
         """
         blocks = self._image_blocks(tokens, images or ())
+        labels = self.labels(tokens[0].tolist(), images or ()) if tokens.shape[0] == 1 else []
         if lengths is not None:
             tokens = self._align(tokens, cache, lengths)
         features = iter([self.encode_image(image) for image in images or ()])
@@ -169,9 +173,19 @@ class DiffusionGemma(nn.Module):
             x = self.embed(tokens[:, start:stop])
             for first, last in inside:
                 x[:, first:last] = next(features).astype(x.dtype)
-            hidden = self._encode(x, cache, inside)
-            cache.evaluate()
+            with cache.writing():
+                hidden = self._encode(x, cache, inside)
+                cache.evaluate()
+            cache.labels += labels[start:stop]
             yield stop, hidden
+
+    def labels(self, tokens: list[int], images: Sequence[Image] = ()) -> list[Label]:
+        """What a cache remembers of a prompt's tokens: their ids, and for an image's tokens its digest."""
+        labels: list[Label] = list(tokens)
+        blocks = image_blocks(tokens, self.config.image_token_id) if images else []
+        for (first, last), image in zip(blocks, images, strict=True):
+            labels[first:last] = [image.digest] * (last - first)
+        return labels
 
     def encode_image(self, image: Image) -> mx.array:
         """The soft tokens of one image, [soft_tokens, H]. Raises CheckpointError where there are no vision weights."""
