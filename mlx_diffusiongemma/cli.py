@@ -8,9 +8,11 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from .commands.convert import convert
+from .commands.check import check
+from .commands.convert import EPILOG, convert
 from .commands.demo import demo
 from .commands.generate import generate
+from .commands.replay import replay
 from .errors import DiffusionGemmaError
 
 
@@ -57,5 +59,6 @@ def version(
         raise typer.Exit
 
 
-for verb in (convert, generate, demo):
+app.command(epilog=EPILOG)(convert)
+for verb in (generate, demo, check, replay):
     app.command()(verb)

@@ -155,3 +155,26 @@ def test_a_closed_pipe_is_no_error(demo_float32):
     command = f"{COMMAND[0]} generate 'count from 17' --model {demo_float32} --json | head -n 1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
     assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+def test_a_recorded_generation_is_replayed_and_drawn(demo_float32, tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    done = run("generate", "sort 53142", "--model", demo_float32, "--seed", 1, "--trace", trace)
+    assert done.stdout == "12345\n"
+    assert run("replay", trace, "--speed", 50).stdout == "12345\n"
+    pictures = [tmp_path / "moving.svg", tmp_path / "entropy.svg", tmp_path / "moving.gif"]
+    drawn = run("replay", trace, "--svg", pictures[0], "--entropy", pictures[1], "--gif", pictures[2])
+    assert drawn.returncode == 0 and all(picture.stat().st_size > 1000 for picture in pictures)
+    assert run("replay", tmp_path / "nothing").returncode == 1
+
+
+def test_check_says_what_is_wrong(demo_4bit, tmp_path):
+    whole = run("check", demo_4bit)
+    assert whole.returncode == 0 and "whole" in whole.stdout
+    broken = shutil.copytree(demo_4bit, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 0xFF
+    weights.write_bytes(content)
+    done = run("check", broken)
+    assert done.returncode == 1 and "model.safetensors" in done.stdout and "Traceback" not in done.stderr

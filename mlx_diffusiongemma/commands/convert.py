@@ -9,61 +9,122 @@ from typing import Annotated
 
 import typer
 
+from ..convert import RECIPES
 from .common import OFFICIAL
+
+BUILT_IN = "default"  # calibration prompts
+EPILOG = "Recipes, with their size for the published model: " + "\n\n".join(
+    [
+        "",
+        *(
+            f"{name}: {recipe.summary}; {recipe.total_bytes / 1e9:.1f} GB, {recipe.macs}"
+            for name, recipe in RECIPES.items()
+        ),
+    ]
+)
 
 
 def convert(
     source: Annotated[str | None, typer.Argument(help=f"A directory or Hugging Face repository [{OFFICIAL}].")] = None,
     out: Annotated[Path | None, typer.Argument(help="A new directory [./NAME-4bit].")] = None,
-    q4: Annotated[bool, typer.Option("--q4", help="4-bit experts: 16.5 GB.")] = False,
+    q4: Annotated[bool, typer.Option("--q4", help="4 bits.")] = False,
     q8: Annotated[bool, typer.Option("--q8", help="8 bits.")] = False,
     bits: Annotated[int | None, typer.Option("--bits", "--q-bits", help="2, 3, 4, 5, 6 or 8 bits.")] = None,
-    quantize: Annotated[
-        bool, typer.Option("-q", "--quantize", help="mlx-lm's spelling; quantizing is the default.")
-    ] = False,
-    dequantize: Annotated[bool, typer.Option("-d", "--dequantize", help="Quantize nothing.")] = False,
     group_size: Annotated[
         int | None, typer.Option("--group-size", "--q-group-size", help="Weights per scale: 32, 64 or 128.")
     ] = None,
     mode: Annotated[str, typer.Option("--mode", "--q-mode", help="affine, mxfp4, mxfp8 or nvfp4.")] = "affine",
+    recipe: Annotated[str, typer.Option("--recipe", help="What gets how many bits; see below.")] = "community",
+    set_bits: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATTERN=BITS", help="Bits, a mode or none for some modules: 'layers.0.*=8'."),
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="bfloat16, float16 or float32, for what is not quantized.")
     ] = None,
+    dequantize: Annotated[bool, typer.Option("-d", "--dequantize", help="Quantize nothing.")] = False,
     revision: Annotated[str | None, typer.Option("--revision", help="Of the repository.")] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Download, convert and delete one file of the repository at a time.")
+    ] = False,
     allow_nan: Annotated[bool, typer.Option("--allow-nan", help="Convert weights that hold NaN or infinity.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate",
+            metavar=f"FILE|{BUILT_IN}",
+            help="Compare with the unquantized model on a file of prompts, one per line, or the built-in ones.",
+        ),
+    ] = None,
+    upload: Annotated[str | None, typer.Option("--upload", "--upload-repo", help="Then upload it here.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Upload into a repository that has files.")] = False,
     hf_path: Annotated[str | None, typer.Option("--hf-path", help="mlx-lm's spelling of SOURCE.")] = None,
     mlx_path: Annotated[Path | None, typer.Option("--mlx-path", help="mlx-lm's spelling of OUT.")] = None,
+    quantize: Annotated[bool, typer.Option("-q", "--quantize", help="mlx-lm's spelling of the default.")] = False,
 ) -> None:
     """Turn a published checkpoint into quantized MLX arrays, in little memory."""
-    from ..convert import convert_checkpoint, plan_conversion
+    from ..convert import convert_checkpoint, plan_conversion, upload_checkpoint
 
+    width = _chosen_bits(q4, q8, bits, dequantize, quantize)
+    source = source or hf_path or OFFICIAL
+    settings = {
+        "bits": width,
+        "group_size": group_size,
+        "mode": mode,
+        "recipe": recipe,
+        "overrides": _overrides(set_bits or []),
+        "dtype": dtype,
+        "revision": revision,
+    }
+    if dry_run:
+        typer.echo(plan_conversion(source, **settings).render())
+        return
+    name = Path(source).resolve().name if Path(source).exists() else source.split("/")[-1]
+    out = out or mlx_path or Path(f"{name}-{_suffix(width, mode, recipe)}")
+    with _progress("converting") as progress:
+        report = convert_checkpoint(source, out, **settings, allow_nan=allow_nan, stream=stream, progress=progress)
+    typer.echo(report.render(), err=True)
+    if calibrate:
+        _calibrate(out, source, calibrate, revision)
+    if upload:
+        typer.echo(upload_checkpoint(out, upload, force=force), err=True)
+    typer.echo(out)
+
+
+def _chosen_bits(q4: bool, q8: bool, bits: int | None, dequantize: bool, quantize: bool) -> int | str | None:
+    """The width asked for: "auto" where none is, None for no quantization."""
     chosen = [4] * q4 + [8] * q8 + [bits] * (bits is not None)
     if len(chosen) > 1:
         raise typer.BadParameter("give one of --q4, --q8 and --bits")
     if dequantize and (chosen or quantize):
         raise typer.BadParameter("--dequantize leaves no bits to choose")
-    width = None if dequantize else chosen[0] if chosen else "auto"
-    source = source or hf_path or OFFICIAL
-    settings = {"bits": width, "group_size": group_size, "mode": mode, "dtype": dtype, "revision": revision}
-    if dry_run:
-        typer.echo(plan_conversion(source, **settings).render())
-        return
-    name = Path(source).resolve().name if Path(source).exists() else source.split("/")[-1]
-    out = out or mlx_path or Path(f"{name}-{_width_name(width, mode)}")
-    with _progress("converting") as progress:
-        report = convert_checkpoint(source, out, **settings, allow_nan=allow_nan, progress=progress)
-    typer.echo(report.render(), err=True)
-    typer.echo(out)
+    return None if dequantize else chosen[0] if chosen else "auto"
 
 
-def _width_name(bits: int | str | None, mode: str) -> str:
+def _overrides(settings: list[str]) -> dict[str, str]:
+    pairs = [setting.partition("=") for setting in settings]
+    if not all(pattern and bits for pattern, _, bits in pairs):
+        raise typer.BadParameter("--set takes PATTERN=BITS, such as 'layers.0.*=8'")
+    return {pattern: bits for pattern, _, bits in pairs}
+
+
+def _suffix(bits: int | str | None, mode: str, recipe: str) -> str:
     """How a converted directory's name ends."""
     if bits is None:
         return "mlx"
     if mode != "affine":
         return mode
-    return "4bit" if bits == "auto" else f"{bits}bit"
+    if bits == "auto":
+        bits = RECIPES[recipe].bits if recipe in RECIPES else 4
+    return f"{bits}bit"
+
+
+def _calibrate(out: Path, source: str, prompts: str, revision: str | None) -> None:
+    from ..convert import calibrate, read_prompts
+
+    given = {} if prompts == BUILT_IN else {"prompts": read_prompts(prompts)}
+    typer.echo(calibrate(out, source, **given, revision=revision).render(), err=True)
 
 
 @contextmanager
@@ -72,13 +133,8 @@ def _progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn(what),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[at]}"),
-    )
+    at = TextColumn("[dim]{task.fields[at]}")
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn(), at)
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None, at="")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import PromptError
 from .common import LiveCanvas, MaxTokens, Model, Seed, Steps, end_line, load_model
+
+if TYPE_CHECKING:
+    from ..processor import Processor, Prompt
 
 
 def generate(
@@ -37,13 +42,15 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option("--stop", help="Text that ends the reply; may be repeated.")] = None,
     seed: Seed = None,
     live: LiveCanvas = None,
+    heat: Annotated[bool, typer.Option("--heat", help="Colour drafted tokens by their entropy.")] = False,
+    trace: Annotated[Path | None, typer.Option("--trace", help="Record every step in this file (see replay).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON event a line.")] = False,
     temp: Annotated[float | None, typer.Option("--temp", hidden=True)] = None,
 ) -> None:
     """Answer a prompt."""
     from .. import GenerationOptions, stream
     from ..terminal import show, statistics_line
-    from ..trace import event_json
+    from ..trace import TraceWriter, event_json
 
     if temp is not None:
         raise PromptError(
@@ -61,22 +68,32 @@ def generate(
         seed=seed,
     )
     loaded, processor = load_model(model)
-    if raw:
-        request = processor.raw_prompt(text)
-    else:
-        parts = [*({"type": "image"} for _ in image or ()), {"type": "text", "text": text}]
-        messages = [{"role": "user", "content": parts if image else text}]
-        if system:
-            messages.insert(0, {"role": "system", "content": system})
-        request = processor.prompt(messages, images=image or (), thinking=thinking)
+    request = _request(processor, text, raw, system, image or [], thinking)
     events = stream(loaded, processor, request, options=options)
-    if as_json:
-        for event in events:
-            typer.echo(event_json(event))
-        return
-    done = show(events, live=live, decode=processor.draft_text)
+    with ExitStack() as stack:
+        if trace:
+            events = stack.enter_context(TraceWriter(trace, processor.draft_text)).watch(events)
+        if as_json:
+            for event in events:
+                typer.echo(event_json(event))
+            return
+        done = show(
+            events, live=live, heat=heat, decode=processor.draft_text, options=options.filled_from(loaded.options)
+        )
     end_line()
     typer.echo(statistics_line(done.stats), err=True)
+
+
+def _request(
+    processor: Processor, text: str, raw: bool, system: str | None, images: list[str], thinking: bool
+) -> Prompt:
+    if raw:
+        return processor.raw_prompt(text)
+    parts = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
+    messages = [{"role": "user", "content": parts if images else text}]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    return processor.prompt(messages, images=images, thinking=thinking)
 
 
 def _prompt_text(prompt: str | None) -> str:
