@@ -19,3 +19,7 @@ class CanvasError(DiffusionGemmaError):
 
 class MissingBackendError(DiffusionGemmaError, ImportError):
     """MLX is not installed, or without a backend for this machine."""
+
+
+class MemoryWarning(UserWarning):
+    """A model fits this machine, but not with a long prompt."""

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from .config import GenerationOptions, ModelConfig, Quantization, read_json
 from .errors import CheckpointError
+from .memory import check_fits, set_limits
 from .model.diffusion_gemma import DiffusionGemma
 from .model.moe import Experts
 from .model.scaled import add_tensor_scales
@@ -34,6 +35,7 @@ def load(
 
     path_or_repo: a directory or a Hugging Face repository, which is downloaded first. progress: called with layers
     done and their number. fuse: join projections of one input; without it, every module computes on its own.
+    Bounds MLX's cache of freed memory, and warns (MemoryWarning) where a long prompt will not fit.
     Raises CheckpointError.
     """
     from .processor import Processor
@@ -42,6 +44,8 @@ def load(
     config = ModelConfig.from_directory(directory)
     processor = Processor.from_directory(directory, config)
     weights = read_weights(directory)
+    check_fits(config, sum(array.nbytes for array in weights.values()), directory)
+    set_limits()
     vision = {name: weights.pop(name) for name in list(weights) if name.startswith(VISION)}
     has_vision = bool(vision) and config.vision is not None
     model = DiffusionGemma(

@@ -11,11 +11,11 @@ PACKAGE = ROOT / "mlx_diffusiongemma"
 
 # Each layer may import those above it, and its own.
 LAYERS = [
-    {"errors", "config", "events", "checkpoint_files"},
+    {"errors", "config", "events", "checkpoint_files", "accounting"},
     {"model", "canvas", "sampling", "processor", "messages", "replies", "tools", "images"},
-    {"loading", "denoising", "prefix", "stops"},
+    {"loading", "memory", "denoising", "prefix", "stops"},
     {"generation"},
-    {"session", "convert"},
+    {"session", "session_file", "convert"},
     {"benchmark", "layout", "pictures", "terminal", "trace"},
     {"commands"},
     {"cli"},

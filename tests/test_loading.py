@@ -194,6 +194,26 @@ def test_a_name_that_is_nowhere():
             load(name)
 
 
+def test_what_cannot_fit_is_refused_and_what_barely_fits_is_warned_about(demo_float32, monkeypatch):
+    from mlx_diffusiongemma import memory
+    from mlx_diffusiongemma.errors import MemoryWarning
+
+    weights = sum(array.nbytes for array in weights_of(demo_float32).values())
+    monkeypatch.setattr(memory, "usable_bytes", lambda: weights)
+    with pytest.raises(CheckpointError, match="can be used here"):
+        load(demo_float32)
+    monkeypatch.setattr(memory, "usable_bytes", lambda: weights + 2 * 2**20)
+    with pytest.warns(MemoryWarning, match="8,192 tokens"):
+        load(demo_float32)
+
+
+def test_freed_memory_is_bounded(demo_float32):
+    from mlx_diffusiongemma.memory import CACHE_LIMIT
+
+    load(demo_float32)
+    assert mx.set_cache_limit(CACHE_LIMIT) == CACHE_LIMIT
+
+
 def test_mlx_missing_says_what_to_install(monkeypatch):
     import sys
 

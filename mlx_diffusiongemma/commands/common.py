@@ -32,9 +32,17 @@ def end_line() -> None:
 
 
 def load_model(name: str | None) -> tuple[DiffusionGemma, Processor]:
-    from .. import load
+    import warnings
 
-    return load(name or _default_model())
+    from .. import load
+    from ..errors import MemoryWarning
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MemoryWarning)
+        loaded = load(name or _default_model())
+    for warning in caught:
+        typer.echo(f"mlx-dg: {warning.message}", err=True)
+    return loaded
 
 
 def _default_model() -> str:
