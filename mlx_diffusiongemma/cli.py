@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from .commands.bench import bench
 from .commands.check import check
 from .commands.convert import EPILOG, convert
 from .commands.demo import demo
@@ -60,5 +61,5 @@ def version(
 
 
 app.command(epilog=EPILOG)(convert)
-for verb in (generate, demo, check, replay):
+for verb in (generate, demo, check, replay, bench):
     app.command()(verb)

@@ -39,13 +39,13 @@ def load_model(name: str | None) -> tuple[DiffusionGemma, Processor]:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MemoryWarning)
-        loaded = load(name or _default_model())
+        loaded = load(name or default_model())
     for warning in caught:
         typer.echo(f"mlx-dg: {warning.message}", err=True)
     return loaded
 
 
-def _default_model() -> str:
+def default_model() -> str:
     """What was last converted in this directory, else the ready-made checkpoint, whose download size is said first."""
     from ..config import MODEL_TYPE, read_json
 

@@ -1,0 +1,59 @@
+"""mlx-dg bench"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from .common import Model, default_model, load_model
+
+
+def bench(
+    model: Model = None,
+    steps: Annotated[str, typer.Option("--steps", help="Fixed amounts of work, comma-separated.")] = "8,16",
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Most tokens per answer.")] = 512,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="PATH|REPO", help="An autoregressive model for mlx-lm to run beside it."),
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only what running needs, from shapes alone.")] = False,
+    context: Annotated[int, typer.Option("--context", help="Tokens of context for --plan.")] = 8192,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Measure this machine's ceilings, then where a denoising step's time goes and how fast replies come."""
+    from rich.console import Console
+
+    from ..benchmark import plan_memory, run_benchmark
+    from ..benchmark_report import render, render_plan
+    from ..loading import find_checkpoint
+
+    if plan:
+        memory = plan_memory(find_checkpoint(model or default_model()), context)
+        if as_json:
+            typer.echo(json.dumps({"weights": memory.weights, "cache": memory.cache, "step": memory.step}))
+        else:
+            Console().print(render_plan(memory, context))
+        return
+    counts = _counts(steps)
+    loaded, processor = load_model(model)
+    report = run_benchmark(
+        loaded,
+        processor,
+        steps=counts,
+        max_tokens=max_tokens,
+        against=against,
+        log=lambda message: typer.echo(f"measuring: {message}", err=True),
+    )
+    if as_json:
+        typer.echo(json.dumps(report.to_dict()))
+    else:
+        Console().print(render(report))
+
+
+def _counts(steps: str) -> list[int]:
+    counts = steps.split(",")
+    if not all(count.strip().isdecimal() and int(count) > 0 for count in counts):
+        raise typer.BadParameter("--steps takes whole numbers, such as 8,16")
+    return [int(count) for count in counts]
