@@ -15,18 +15,20 @@ if TYPE_CHECKING:
     from .config import GenerationOptions, ModelConfig, Quantization
     from .errors import CanvasError, CheckpointError, DiffusionGemmaError, PromptError
     from .events import Commit, Done, Draft, Event, Prefill, Reply, Result, Stats, ToolCall
-    from .generation import generate, generate_batch, stream
+    from .generation import collect, generate, generate_batch, stream
     from .loading import load
     from .processor import Processor, Prompt
+    from .session import ChatSession
 
 _HOMES = {
     "canvas": ("Canvas",),
     "config": ("GenerationOptions", "ModelConfig", "Quantization"),
     "errors": ("CanvasError", "CheckpointError", "DiffusionGemmaError", "PromptError"),
     "events": ("Commit", "Done", "Draft", "Event", "Prefill", "Reply", "Result", "Stats", "ToolCall"),
-    "generation": ("generate", "generate_batch", "stream"),
+    "generation": ("collect", "generate", "generate_batch", "stream"),
     "loading": ("load",),
     "processor": ("Processor", "Prompt"),
+    "session": ("ChatSession",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -223,6 +223,34 @@ class Cache:
             raise ValueError(f"cannot trim {tokens} tokens: sliding layers keep a window and {self.keep} tokens")
         self._return_to(now, left)
 
+    def export(self) -> dict[str, mx.array]:
+        """The prefix's keys and values by name, [B, heads, tokens, head_dim] each: what `adopt` takes."""
+        return {
+            f"layers.{number}.{name}": array[:, :, : layer.length]
+            for number, layer in enumerate(self.layers)
+            for name, array in (("keys", layer.keys), ("values", layer.values))
+            if layer.length
+        }
+
+    def adopt(self, arrays: dict[str, mx.array], labels: list[Label]) -> None:
+        """Hold the prefix that `export` gave and nothing else. Raises ValueError where it is not this model's."""
+        length = len(labels)
+        layers = [LayerCache(layer.window, self.keep) for layer in self.layers]
+        for number, (layer, config) in enumerate(zip(layers, self.config.layers, strict=True)):
+            if not length:
+                break
+            layer.keys, layer.values = (arrays.get(f"layers.{number}.{name}") for name in ("keys", "values"))
+            if layer.keys is None or layer.values is None or layer.keys.shape != layer.values.shape:
+                raise ValueError(f"layer {number} has no keys and values of one shape")
+            layer.length = layer.keys.shape[2] if layer.keys.ndim == 4 else 0
+            fewest = length if layer.window is None else min(length, layer.window - 1)
+            most = length if layer.window is None else min(length, layer.window - 1 + self.keep)
+            expected = (1, config.num_key_value_heads, layer.length, config.head_dim)
+            if layer.keys.shape != expected or not fewest <= layer.length <= most:
+                raise ValueError(f"layer {number} has keys of shape {list(layer.keys.shape)} for {length} tokens")
+        self.layers, self.labels, self.offset = layers, list(labels), length
+        self.padding, self.snapshots = None, []
+
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Encode within this. What is stopped halfway, some layers written and some not, goes back to the last

@@ -1,0 +1,135 @@
+"""A conversation in a file: safetensors with the keys and values, the messages in its metadata. Nothing is executed
+when it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from .errors import CheckpointError, PromptError
+from .images import PreparedImage
+from .messages import normalize_messages
+
+if TYPE_CHECKING:
+    from .model.cache import Cache
+    from .model.diffusion_gemma import DiffusionGemma
+
+KIND, VERSION = "mlx-diffusiongemma session", "1"
+SAMPLES = 64  # of every weight, in a model's fingerprint
+IMAGE = "prepared image"  # the key that stands for one in JSON
+
+Arrays = dict[str, mx.array]
+
+
+def write_session(path: str | Path, model: DiffusionGemma, conversation: dict[str, Any], cache: Cache) -> None:
+    """Save a conversation and the keys and values of `cache`; the file appears when it is whole.
+
+    conversation: what JSON can hold, and `PreparedImage`s. Raises PromptError where it cannot be written.
+    """
+    path = Path(path)
+    images: list[PreparedImage] = []
+    try:
+        text = json.dumps([conversation, cache.labels], default=lambda value: _image_as_json(value, images))
+    except (TypeError, ValueError) as error:
+        raise PromptError(f"The messages hold something that JSON cannot ({error}); it cannot be saved.") from None
+    arrays = cache.export()
+    for number, image in enumerate(images):
+        arrays[f"images.{number}.pixels"] = mx.array(image.pixels)
+        arrays[f"images.{number}.positions"] = mx.array(image.positions)
+    metadata = {"kind": KIND, "version": VERSION, "model": fingerprint(model), "content": text}
+    metadata["sha256"] = _checksum(arrays, text)
+    part = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
+    try:
+        mx.save_safetensors(str(part), arrays, metadata)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:
+        raise PromptError(f"The conversation cannot be saved to {path} ({error}); give another path.") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_session(path: str | Path, model: DiffusionGemma) -> tuple[dict[str, Any], Cache]:
+    """What `write_session` saved with the same model. Raises PromptError for a path without a file, CheckpointError for
+    a file that is something else, damaged, or of another model.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PromptError(f"There is no file {path}; give one that a session was saved to.")
+    arrays, metadata = _read(path)
+    if metadata.get("kind") != KIND:
+        raise CheckpointError(f"{path} is not a saved session; give a file that a session was saved to.")
+    if metadata.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} was saved in version {metadata.get('version')} of the format and this is version {VERSION}; "
+            "use the mlx-diffusiongemma that saved it."
+        )
+    text = metadata.get("content", "")
+    if metadata.get("sha256") != _checksum(arrays, text):
+        raise CheckpointError(f"{path} is damaged: its content does not match its checksum; save the session again.")
+    if metadata.get("model") != fingerprint(model):
+        raise CheckpointError(f"{path} was saved with another model; load that one to go on with it.")
+    cache = model.make_cache()
+    try:
+        conversation, labels = json.loads(text, object_hook=lambda value: _image_from_json(value, arrays))
+        normalize_messages([{"role": "user", "content": ""}, *conversation["messages"]])
+        cache.adopt(arrays, labels)
+    except (ValueError, TypeError, KeyError, PromptError) as error:
+        raise CheckpointError(f"{path} does not hold a session of this model ({error}); save it again.") from None
+    cache.snapshot()
+    return conversation, cache
+
+
+def fingerprint(model: DiffusionGemma) -> str:
+    """What tells this checkpoint from others: its configuration, and samples of every weight of the text model."""
+    weights = sorted(tree_flatten(model.parameters()))
+    samples = [array.reshape(-1)[:: max(array.size // SAMPLES, 1)].astype(mx.float32) for _, array in weights]
+    mx.eval(samples)
+    digest = hashlib.sha256(repr(model.config).encode())
+    for (name, array), sample in zip(weights, samples, strict=True):
+        digest.update(f"{name} {array.shape} ".encode() + np.array(sample).tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[Arrays, dict[str, str]]:
+    """The arrays, in memory, and the metadata of a safetensors file. Raises CheckpointError."""
+    from .convert.headers import read_header  # which looks closer than MLX's own reader
+
+    try:
+        read_header(path)
+        arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+        mx.eval(arrays)
+    except (CheckpointError, RuntimeError, ValueError):
+        raise CheckpointError(
+            f"{path} is not a saved session, or a damaged one; give another file, or save the session again."
+        ) from None
+    return arrays, metadata
+
+
+def _checksum(arrays: Arrays, text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(np.array(array.reshape(-1).view(mx.uint8)))
+    return digest.hexdigest()
+
+
+def _image_as_json(value: Any, images: list[PreparedImage]) -> dict[str, Any]:
+    if not isinstance(value, PreparedImage):
+        raise TypeError(f"a {type(value).__name__}")
+    images.append(value)
+    return {IMAGE: len(images) - 1, "soft_tokens": value.soft_tokens, "digest": value.digest}
+
+
+def _image_from_json(value: dict[str, Any], arrays: Arrays) -> Any:
+    if IMAGE not in value:
+        return value
+    pixels, positions = (np.array(arrays[f"images.{value[IMAGE]}.{name}"]) for name in ("pixels", "positions"))
+    return PreparedImage(pixels, positions, value["soft_tokens"], value["digest"])
