@@ -12,21 +12,33 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .canvas import Canvas
+    from .choosing import choose
     from .config import GenerationOptions, ModelConfig, Quantization
+    from .editing import Edited, edit
     from .errors import CanvasError, CheckpointError, DiffusionGemmaError, PromptError
     from .events import Commit, Done, Draft, Event, Prefill, Reply, Result, Stats, ToolCall
+    from .filling import Choice, Digits, Form, Text, fill
+    from .gap_filling import Attempt
     from .generation import collect, generate, generate_batch, stream
+    from .infilling import Hole, Infilled, infill
     from .loading import load
+    from .modes import MODES
     from .processor import Processor, Prompt
     from .session import ChatSession
 
 _HOMES = {
     "canvas": ("Canvas",),
+    "choosing": ("choose",),
     "config": ("GenerationOptions", "ModelConfig", "Quantization"),
+    "editing": ("Edited", "edit"),
     "errors": ("CanvasError", "CheckpointError", "DiffusionGemmaError", "PromptError"),
     "events": ("Commit", "Done", "Draft", "Event", "Prefill", "Reply", "Result", "Stats", "ToolCall"),
+    "filling": ("Choice", "Digits", "Form", "Text", "fill"),
+    "gap_filling": ("Attempt",),
     "generation": ("collect", "generate", "generate_batch", "stream"),
+    "infilling": ("Hole", "Infilled", "infill"),
     "loading": ("load",),
+    "modes": ("MODES",),
     "processor": ("Processor", "Prompt"),
     "session": ("ChatSession",),
 }

@@ -12,7 +12,9 @@ from .commands.bench import bench
 from .commands.check import check
 from .commands.convert import EPILOG, convert
 from .commands.demo import demo
+from .commands.edit import edit
 from .commands.generate import generate
+from .commands.infill import infill
 from .commands.replay import replay
 from .errors import DiffusionGemmaError
 
@@ -61,5 +63,5 @@ def version(
 
 
 app.command(epilog=EPILOG)(convert)
-for verb in (generate, demo, check, replay, bench):
+for verb in (generate, infill, edit, demo, check, replay, bench):
     app.command()(verb)

@@ -53,7 +53,7 @@ def stream(
     Raises PromptError and CanvasError before anything is computed.
     """
     prepared = processor.prompt(prompt, images=images, tools=tools, thinking=thinking)
-    settings = _settings(model, options, max_tokens, seed)
+    settings = request_options(model, options, max_tokens, seed)
     batch = _Batch(model, processor, [prepared], settings, canvas=canvas, cache=cache, cancel=cancel)
     return (event for _, event in batch.run())
 
@@ -75,7 +75,7 @@ def generate(
 ) -> Result:
     """`stream`, to the end: the whole reply."""
     prepared = processor.prompt(prompt, images=images, tools=tools, thinking=thinking)
-    settings = _settings(model, options, max_tokens, seed)
+    settings = request_options(model, options, max_tokens, seed)
     batch = _Batch(model, processor, [prepared], settings, canvas=canvas, cache=cache, cancel=cancel)
     return collect(event for _, event in batch.run())
 
@@ -113,7 +113,7 @@ def generate_batch(
     if not prompts:
         raise PromptError("The batch has no prompt; give at least one.")
     prepared = [processor.prompt(prompt) for prompt in prompts]
-    settings = _settings(model, options, max_tokens, seed)
+    settings = request_options(model, options, max_tokens, seed)
     replies: list[list[Event]] = [[] for _ in prepared]
     for row, event in _Batch(model, processor, prepared, settings, cancel=cancel).run():
         if isinstance(event, Commit | Done):
@@ -121,8 +121,11 @@ def generate_batch(
     return [collect(events) for events in replies]
 
 
-def _settings(
-    model: DiffusionGemma, options: GenerationOptions | None, max_tokens: int | None, seed: int | None
+def request_options(
+    model: DiffusionGemma,
+    options: GenerationOptions | None,
+    max_tokens: int | None = None,
+    seed: int | None = None,
 ) -> GenerationOptions:
     """What a request runs with: nothing left open."""
     settings = (options or GenerationOptions()).filled_from(model.options)

@@ -1,0 +1,51 @@
+"""Text files that verbs read and write: UTF-8, byte for byte."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from ..errors import PromptError
+
+
+def read_text(path: str) -> str:
+    """The text of the file at `path`, or of stdin where that is "-"; line ends stay as they are. Raises PromptError."""
+    try:
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise PromptError(f"{path} cannot be read ({error.strerror}).") from None
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise PromptError(f"{'Standard input' if path == '-' else path} is not UTF-8 text; convert it first.") from None
+
+
+def write_out(text: str) -> None:
+    """`text` on stdout, exactly."""
+    sys.stdout.buffer.write(text.encode("utf-8"))
+    sys.stdout.buffer.flush()
+
+
+def replace_text(path: str, before: str, after: str) -> None:
+    """Put `after` in the place of `before`, the content of the file at `path`, in one step; its mode stays.
+
+    Raises PromptError, and leaves the file as it is, where it has changed meanwhile or cannot be written.
+    """
+    target = Path(path).resolve()
+    try:
+        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
+            new = Path(file.name)
+            file.write(after.encode("utf-8"))
+    except OSError as error:
+        raise PromptError(f"{path} cannot be written ({error.strerror}); it is unchanged.") from None
+    try:
+        new.chmod(target.stat().st_mode)
+        if target.read_bytes() != before.encode("utf-8"):
+            raise PromptError(f"{path} has changed since it was read; it is left as it is, so run the command again.")
+        os.replace(new, target)
+    except OSError as error:
+        raise PromptError(f"{path} cannot be written ({error.strerror}); it is unchanged.") from None
+    finally:
+        new.unlink(missing_ok=True)

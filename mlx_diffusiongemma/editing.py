@@ -1,0 +1,116 @@
+"""Editing in place: a span of a text is written anew, starting from its own tokens."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .config import GenerationOptions
+from .errors import PromptError
+from .events import Result
+from .gap_filling import Attempt, GapFiller
+from .gaps import Filling, Gap, longest_gap, text_tokens
+from .generation import request_options
+from .infilling import reply_ending
+
+if TYPE_CHECKING:
+    from .model.diffusion_gemma import DiffusionGemma
+    from .processor import Processor
+
+
+@dataclass(frozen=True)
+class Edited(Result):
+    """`text` is the whole text with the span written anew. diff: unified, from the old text to the new.
+
+    attempts: the lengths tried and their scores.
+    """
+
+    diff: str = ""
+    attempts: list[Attempt] = field(default_factory=list)
+
+
+def edit(
+    model: DiffusionGemma,
+    processor: Processor,
+    text: str,
+    span: tuple[int, int],
+    instruction: str | Sequence[dict[str, Any]],
+    strength: float = 0.7,
+    options: GenerationOptions | None = None,
+) -> Edited:
+    """Rewrite the characters `span[0]` to `span[1]` (the one after the last) of `text`; nothing else changes.
+
+    instruction: what to do. A string is one user turn, with the span below it; chat messages are sent as they are.
+    The text is the model's reply, pinned but for the span, which starts from its own tokens. strength: the share of
+    them that noise replaces, 0 (the text comes back as it is) to 1 (from noise). Besides the span's own length, some
+    shorter and longer ones are tried, as in `infill`.
+    Raises PromptError.
+    """
+    start, stop = span
+    if not 0 <= start < stop <= len(text):
+        raise PromptError(
+            f"The span {start}:{stop} does not lie in the text, which has {len(text)} characters; give a first one and "
+            "the one after the last."
+        )
+    if not 0 <= strength <= 1:
+        raise PromptError(f"strength is {strength}; give 0 (keep) to 1 (from noise).")
+    if strength == 0:
+        return Edited(text)
+    settings = request_options(model, options)
+    own = text_tokens(processor, text[start:stop])
+    longest = longest_gap(settings.canvas_length)
+    if len(own) > longest:
+        raise PromptError(f"The span has {len(own)} tokens; at most {longest} can be edited at once.")
+    if isinstance(instruction, str):
+        instruction = f"{instruction}\n\n{text[start:stop]}"
+    gap = Gap(tuple(_started(own, length, strength, settings.seed) for length in _lengths(len(own), longest)))
+    segments = [text_tokens(processor, text[:start]), gap, text_tokens(processor, text[stop:])]
+    filler = GapFiller(
+        model,
+        processor,
+        processor.prompt(instruction),
+        [segment for segment in segments if segment],
+        reply_ending(processor, is_reply=True),
+        settings,
+        replies=True,
+    )
+    stats = filler.run()
+    new = text[:start] + processor.draft_text(filler.filled[0]) + text[stop:]
+    return Edited(
+        text=new,
+        tokens=[token for segment in filler.segments for token in segment],
+        stats=stats,
+        diff=unified_diff(text, new),
+        attempts=filler.attempts,
+    )
+
+
+def unified_diff(before: str, after: str, name: str = "text") -> str:
+    """What `diff -u` prints, "" where nothing changed; `name` is the file's."""
+    lines = [_lines(before), _lines(after)]
+    diff = difflib.unified_diff(*lines, f"a/{name}", f"b/{name}")
+    return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in diff)
+
+
+def _lines(text: str) -> list[str]:
+    """Lines with their ends. Only "\\n" ends one: `str.splitlines` knows more, and patches do not."""
+    pieces = text.split("\n")
+    return [piece + "\n" for piece in pieces[:-1]] + pieces[-1:] * bool(pieces[-1])
+
+
+def _lengths(own: int, longest: int) -> list[int]:
+    """Lengths of the new span to try: its own, and up to a quarter (at least three tokens) more or less."""
+    reach = max(math.ceil(own / 4), 3)
+    steps = sorted({round(reach * part / 3) for part in range(-3, 4)})
+    return sorted({min(max(own + step, 1), longest) for step in steps})
+
+
+def _started(own: list[int], length: int, strength: float, seed: int) -> Filling:
+    """The span's tokens, each gone (to become noise) with the probability `strength`; the same ones at any length."""
+    draw = random.Random(seed)
+    kept = [None if draw.random() < strength else token for token in own]
+    return Filling((*kept[:length], *[None] * (length - len(own))))

@@ -1,0 +1,222 @@
+"""Filling the gaps of a text: the ways to fill them are denoised together, and the least surprising one is kept."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from .denoising import CanvasRun
+from .errors import PromptError
+from .events import Stats
+from .gaps import Gap, Row, Segment, lay_out, longest_gap, most_tokens
+from .restricting import Restricted
+from .scoring import Probe, empty_thought, log_probabilities, noise_canvases
+
+if TYPE_CHECKING:
+    from .config import GenerationOptions
+    from .model.diffusion_gemma import DiffusionGemma
+    from .processor import Processor, Prompt
+
+TOGETHER = 16  # combinations of several gaps' fillings in one batch
+
+Choices = tuple[int, ...]  # for each gap on a canvas, which of its fillings
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One combination of lengths, in tokens, for the gaps on the canvas with this number (from 0), and how much the
+    model was surprised, in nats, by what filled them and by the text around. The lowest was kept.
+    """
+
+    canvas: int
+    lengths: tuple[int, ...]
+    surprise: float
+
+
+class GapFiller:
+    """Fills the gaps of `segments`, the reply to `prompt`, canvas after canvas.
+
+    ending: what follows the last segment; its last token fills the canvas up, as in training. None: the reply is open,
+    and in a gap at the end the model may end it itself.
+    options: nothing left open. replies: an empty thought comes first where the model begins its replies with one.
+    Raises PromptError where a gap is longer than `longest_gap` allows, or everything than the context.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionGemma,
+        processor: Processor,
+        prompt: Prompt,
+        segments: Sequence[Segment],
+        ending: Sequence[int] | None,
+        options: GenerationOptions,
+        *,
+        replies: bool,
+    ):
+        self.model, self.processor, self.prompt, self.options = model, processor, prompt, options
+        self.segments, self.ending, self.replies = list(segments), ending, replies
+        self.length, self.vocabulary = options.canvas_length, model.config.text.vocab_size
+        self.noise = noise_canvases(options.seed, 1, self.length, self.vocabulary)[0]
+        self.cache = model.make_cache()
+        self.encoded = 0  # tokens of the reply in the cache
+        self.filled: list[list[int]] = []  # tokens of each gap
+        self.attempts: list[Attempt] = []
+        self.steps: list[int] = []  # of each canvas
+        self.row: Row | None = None  # the last canvas, filled
+        self._check_room()
+
+    def _check_room(self) -> None:
+        most = longest_gap(self.length)
+        for segment in self.segments:
+            if isinstance(segment, Gap) and segment.longest > most:
+                raise PromptError(f"{segment.longest} tokens are more than fit a hole; at most {most} are possible.")
+        total = len(self.prompt.tokens) + most_tokens(self.segments)
+        most = self.model.config.text.max_position_embeddings - 2 * self.length
+        if total > most:
+            raise PromptError(
+                f"Prompt, text and holes have {total} tokens; beside a canvas, {most} fit this model's context."
+            )
+
+    def run(self) -> Stats:
+        """Fill every gap, in order; `filled`, `attempts` and `steps` say how. Returns what it cost."""
+        mx.reset_peak_memory()
+        started = time.perf_counter()
+        self.model.encode(mx.array([self.prompt.tokens]), self.cache, self.prompt.images or None)
+        self.cache.evaluate()
+        prefilled = time.perf_counter()
+        if self.replies:
+            thought = empty_thought(self.model, self.processor, self.prompt, self.cache, [self.noise])
+            self.segments.insert(0, thought)
+        while any(isinstance(segment, Gap) for segment in self.segments):
+            self._fill_canvas()
+        return Stats(
+            prompt_tokens=len(self.prompt.tokens),
+            generated_tokens=sum(map(len, self.filled)),
+            steps=self.steps,
+            prompt_seconds=prefilled - started,
+            denoise_seconds=time.perf_counter() - prefilled,
+            peak_memory_bytes=mx.get_peak_memory(),
+        )
+
+    def _fill_canvas(self) -> None:
+        """Fill the gaps on the next canvas, and make them part of the text."""
+        first = next(index for index, segment in enumerate(self.segments) if isinstance(segment, Gap))
+        before = [token for segment in self.segments[:first] for token in segment]
+        lead = self._lead(len(before), first)
+        self._encode(before[: len(before) - lead])
+        window = self._window(first, self.length - lead)
+        self.steps.append(0)
+        self.row = self._search([before[len(before) - lead :], *window])
+        at = (index for index, segment in enumerate(window, first) if isinstance(segment, Gap))
+        for index, (start, stop) in zip(at, self.row.gaps, strict=True):
+            tokens = list(self.row.canvas.tokens[start:stop])
+            ends = (place for place, token in enumerate(tokens) if token in self.options.end_tokens)
+            self.segments[index] = tokens[: next(ends, len(tokens))]
+            self.filled.append(self.segments[index])
+
+    def _lead(self, before: int, first: int) -> int:
+        """How many of the tokens `before` the gap lie with it on the canvas.
+
+        A reply is cut into canvases from its first token on, as in training; a gap that would then have too little of
+        what follows beside it begins a canvas of its own.
+        """
+        lead = before - max(before // self.length * self.length, self.encoded)
+        return lead if self._fits(first, self.length - lead) else 0
+
+    def _fits(self, index: int, room: int) -> bool:
+        """Whether the gap at `index` fits, together with a fair part of what follows it."""
+        after = most_tokens(self.segments[index + 1 :]) + len(self.ending or ())
+        return self.segments[index].longest + min(after, self.length - longest_gap(self.length)) <= room
+
+    def _window(self, first: int, room: int) -> list[Segment]:
+        """The segments from the first gap up to a gap that does not fit; text may reach beyond the canvas."""
+        window: list[Segment] = []
+        for index, segment in enumerate(self.segments[first:], first):
+            if isinstance(segment, Gap) and not self._fits(index, room):
+                break
+            window.append(segment)
+            room = max(room - most_tokens([segment]), 0)
+        return window
+
+    def _encode(self, before: list[int]) -> None:
+        """Append what is new of the text before the canvas to the cache."""
+        if len(before) > self.encoded:
+            self.model.encode(mx.array([before[self.encoded :]]), self.cache)
+            self.cache.evaluate()
+            self.encoded = len(before)
+
+    def _search(self, window: list[Segment]) -> Row:
+        """The best row. Up to TOGETHER combinations are tried at once; where there are more, one gap after the other is
+        varied while the others keep the best so far, at first their longest filling.
+        """
+        gaps = [segment for segment in window if isinstance(segment, Gap)]
+        every = [range(len(gap.fillings)) for gap in gaps]
+        if math.prod(map(len, every)) <= TOGETHER:
+            return self._try(window, list(itertools.product(*every)), attempt=0)[1]
+        best = tuple(max(range(len(g.fillings)), key=lambda i, g=g: len(g.fillings[i].tokens)) for g in gaps)
+        for number, own in enumerate(every):
+            varied = [(*best[:number], choice, *best[number + 1 :]) for choice in own]
+            best, row = self._try(window, varied, attempt=number)
+        return row
+
+    def _try(self, window: list[Segment], combinations: list[Choices], attempt: int) -> tuple[Choices, Row]:
+        """Denoise the combinations together; returns the best, ties to the shorter, and its row."""
+        text_goes_on = most_tokens(window) > self.length or window[-1] is not self.segments[-1]
+        ending = None if text_goes_on else self.ending
+        rows = self._denoise([lay_out(window, choices, self.length, ending) for choices in combinations], attempt)
+        surprises = self._surprises(rows)
+        canvas = len(self.steps) - 1
+        self.attempts += [Attempt(canvas, row.lengths, value) for row, value in zip(rows, surprises, strict=True)]
+        best = min(range(len(rows)), key=lambda index: (surprises[index], sum(rows[index].lengths)))
+        return combinations[best], rows[best]
+
+    def _denoise(self, rows: list[Row], attempt: int) -> list[Row]:
+        """Run the rows together. Once one is done, the others get as many steps again: what fits settles early."""
+        if all(all(row.canvas.pinned) for row in rows):
+            return rows
+        restricted = any(ids is not None for row in rows for ids in row.allowed)
+        run = CanvasRun(
+            Restricted(self.model, [row.allowed for row in rows]) if restricted else self.model,
+            self.cache,
+            self.options,
+            [row.canvas for row in rows],
+            self.vocabulary,
+            seed=self.options.seed,
+            number=len(self.steps) - 1,
+            attempt=attempt,
+        )
+        steps = run.steps()
+        last = self.options.max_steps
+        for step in steps:
+            if any(step.finished):
+                last = min(last, 2 * step.number)
+            if step.number >= last:
+                break
+        steps.close()
+        self.steps[-1] += step.number
+        return [row.filled(tokens) for row, tokens in zip(rows, step.tokens, strict=True)]
+
+    def _surprises(self, rows: list[Row]) -> list[float]:
+        """Of each filled row: minus the log probability of every token from the first gap up to where the text ends on
+        all of the canvases, each with all others in place. A token that was given, not denoised, is itself left out.
+        """
+        common = min(row.end - row.gaps[-1][1] for row in rows)
+        probes: list[list[Probe]] = []
+        for row in rows:
+            tokens = tuple(row.canvas.tokens)
+            given = {place for span, fixed in zip(row.gaps, row.fixed, strict=True) if fixed for place in range(*span)}
+            places = range(row.gaps[0][0], row.gaps[-1][1] + common)
+            probes.append([self.probe(tokens, place, left_out=place in given) for place in places])
+        values = iter(log_probabilities(self.model, self.cache, list(itertools.chain.from_iterable(probes))))
+        return [-sum(itertools.islice(values, len(own))) for own in probes]
+
+    def probe(self, tokens: tuple[int, ...], place: int, *, left_out: bool) -> Probe:
+        """Asks for the token at `place`, with noise in its own place or not."""
+        canvas = (*tokens[:place], self.noise[place], *tokens[place + 1 :]) if left_out else tokens
+        return Probe(canvas, place, tokens[place])
