@@ -165,7 +165,7 @@ def fused_view(linears: list[nn.Module]) -> nn.Module | None:
         if len({(part.group_size, part.bits, part.mode) for part in linears}) > 1:
             return None
         joined = nn.QuantizedLinear(
-            first.group_size, 1, bias=False, group_size=first.group_size, bits=first.bits, mode=first.mode
+            max(first.group_size, 32), 1, bias=False, group_size=first.group_size, bits=first.bits, mode=first.mode
         )
     else:
         joined = nn.Linear(1, 1, bias=False)
