@@ -21,7 +21,7 @@ from .hashes import REPORT
 from .headers import Entry, read_checkpoint_headers, read_index
 from .packaging import CARD, check_tokenizer, write_card, write_companions
 from .partial import DOWNLOADS, Partial, open_partial, write_json
-from .plan import DTYPES, Plan, make_plan
+from .plan import DTYPES, SHORT, Plan, make_plan
 from .quantization import AUTO, Bits, Scheme, make_scheme
 from .reader import Files, Reader
 from .report import ConversionReport
@@ -164,9 +164,10 @@ def _dtype(config: Mapping[str, Any], asked: str | None) -> str:
     text = config.get("text_config") or {}
     own = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "bfloat16"
     dtype = asked or str(own).removeprefix("torch.")
+    dtype = SHORT.get(dtype, dtype)
     if dtype not in DTYPES:
         raise CheckpointError(f"Weights cannot be written as {dtype!r}; choose bfloat16, float16 or float32.")
-    return next(name for name, spelling in DTYPES.items() if spelling == DTYPES[dtype])
+    return dtype
 
 
 def _check_target(out: Path) -> None:
@@ -206,8 +207,6 @@ def _write_shards(plan: Plan, partial: Partial, reader: Reader, progress: Progre
                 continue
             sha256, errors = write_shard(partial.path / name, jobs, reader, DTYPES[plan.dtype], tick)
             partial.finish(name, {"sha256": sha256, "errors": errors})
-    except OSError as error:
-        raise CheckpointError(f"{partial.path} cannot be written ({error.strerror}); free some space.") from None
     finally:
         mx.set_cache_limit(cache_limit)
 

@@ -17,6 +17,7 @@ DROPPED = (
     r"lm_head\.weight",
     r"model\.encoder\.language_model\.(?!layers\.\d+\.layer_scalar$).*",
     r".*rotary_emb.*",
+    r".*\.[kv]_scale",  # of a quantized K/V cache, which other runtimes keep
 )
 BARE_EXPERTS = r"(.*\.experts\.(?:gate_up_proj|down_proj))"
 

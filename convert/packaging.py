@@ -81,7 +81,7 @@ def write_card(target: Path, plan: Plan, source_card: Path | None, base_model: s
     """The model card: the source's metadata, then what was done to it. `evidence` is Markdown."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    data = ModelCardData(license="apache-2.0")
+    data = ModelCardData()
     if source_card and source_card.is_file():
         data = ModelCard.load(source_card, ignore_metadata_errors=True).data
     data.library_name = "mlx"

@@ -15,6 +15,7 @@ from ..errors import CheckpointError
 from .hashes import file_sha256
 
 RECORD = "finished-shards.json"
+NEW = ".new"
 DOWNLOADS = "source"  # inside OUT.partial: files of the source that are not converted yet
 
 
@@ -77,6 +78,7 @@ def open_partial(out: Path, fingerprint: str) -> Iterator[Partial]:
     every other error. Raises CheckpointError while another process holds it.
     """
     partial = Partial(out, fingerprint)
+    _check_ours(partial.path)
     try:
         partial.path.mkdir(exist_ok=True)
         lock = os.open(partial.path, os.O_RDONLY)
@@ -94,6 +96,15 @@ def open_partial(out: Path, fingerprint: str) -> Iterator[Partial]:
         os.close(lock)
 
 
+def _check_ours(path: Path) -> None:
+    """What a stopped conversion left may be deleted, and nothing else."""
+    if not path.exists() and not path.is_symlink():
+        return
+    names = {entry.name for entry in path.iterdir()} if path.is_dir() and not path.is_symlink() else {path.name}
+    if names and not names & {RECORD, RECORD + NEW}:
+        raise CheckpointError(f"{path} is in the way and no stopped conversion; move it or choose another name.")
+
+
 @contextlib.contextmanager
 def _kept_when_resumable(partial: Partial) -> Iterator[None]:
     try:
@@ -102,6 +113,9 @@ def _kept_when_resumable(partial: Partial) -> Iterator[None]:
         if not partial.is_resumable:
             remove(partial.path)
         raise
+    except OSError as error:
+        remove(partial.path)
+        raise CheckpointError(f"Converting to {partial.out} failed ({error}); check the disks and try again.") from None
     except BaseException:
         remove(partial.path)
         raise
@@ -109,7 +123,7 @@ def _kept_when_resumable(partial: Partial) -> Iterator[None]:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a small file so that a crash leaves either the old content or the new."""
-    temporary = path.with_name(path.name + ".new")
+    temporary = path.with_name(path.name + NEW)
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

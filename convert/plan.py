@@ -17,12 +17,8 @@ from .sources import TENSOR_SCALE, Weight, describe, find_weights, some
 
 SHARD_BYTES = 5_000_000_000
 CONTEXT = 8192  # tokens, for the memory needed to run
-DTYPES = {
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "float32": "F32",
-    **{"bf16": "BF16", "fp16": "F16", "fp32": "F32"},
-}
+DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)

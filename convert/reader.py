@@ -17,8 +17,10 @@ from .sources import TENSOR_SCALE, Piece, Stored, Weight
 
 SLAB_BYTES = 32 << 20  # decoded values read at a time
 CHECK_ITEMS = 1 << 18  # values checked at a time: they stay in the processor's cache
-MX_DTYPES = {"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32, "U32": mx.uint32, "U8": mx.uint8}
-MX_DTYPES["F8_E4M3"] = mx.uint8
+MX_DTYPES = {
+    **{"BF16": mx.bfloat16, "F16": mx.float16, "F32": mx.float32},
+    **{"U8": mx.uint8, "U32": mx.uint32, "F8_E4M3": mx.uint8},
+}
 CODE_ROLES = ("weight", "scales", "weight_scale", "biases")  # of MLX and of NVFP4, in MLX's order
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
 # The bits that are all set in a value that is not finite.
@@ -148,7 +150,7 @@ def _quantized(reader: Reader, stored: Stored, first: int, count: int) -> mx.arr
     return values
 
 
-DECODERS = {"plain": _plain, "fp8": _fp8, "nvfp4": _quantized, "mlx": _quantized}
+DECODERS = {"plain": _plain, "fp8": _fp8, "nvfp4": _quantized, "mlx affine": _quantized, "mlx float": _quantized}
 
 
 def _is_finite(values: np.ndarray, mask: int) -> bool:

@@ -11,7 +11,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..config import ModelConfig, Quantization
 from ..errors import CheckpointError
@@ -34,21 +34,32 @@ TENSOR_SCALE = "weight_scale_2"  # float32, beside NVFP4's block scales
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a weight is stored: the type of its `weight`, and the tensors that must and may lie beside it."""
+    """How a weight is stored: the types of its `weight`, and of the tensors that must and may lie beside it."""
 
     summary: str
     dtypes: tuple[str, ...]
-    needs: tuple[str, ...] = ()
-    may_have: tuple[str, ...] = ()
+    needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    may_have: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 ENCODINGS = {
     "plain": Encoding("unquantized", FLOATS),
-    "fp8": Encoding("FP8 (e4m3) with a scale per channel", ("F8_E4M3",), ("weight_scale",), ("input_scale",)),
-    "nvfp4": Encoding(
-        "NVFP4 with a scale per 16 values and per tensor", ("U8",), ("weight_scale", "weight_scale_2"), ("input_scale",)
+    "fp8": Encoding(
+        "FP8 (e4m3) with a scale per channel",
+        dtypes=("F8_E4M3",),
+        needs={"weight_scale": FLOATS},
+        may_have={"input_scale": FLOATS},
     ),
-    "mlx": Encoding("quantized by MLX", ("U32",), ("scales",), ("biases", "weight_scale_2")),
+    "nvfp4": Encoding(
+        "NVFP4 with a scale per 16 values and per tensor",
+        dtypes=("U8",),
+        needs={"weight_scale": ("F8_E4M3",), TENSOR_SCALE: ("F32",)},
+        may_have={"input_scale": FLOATS},
+    ),
+    "mlx affine": Encoding("quantized by MLX", dtypes=("U32",), needs={"scales": FLOATS, "biases": FLOATS}),
+    "mlx float": Encoding(
+        "quantized by MLX", dtypes=("U32",), needs={"scales": ("U8",)}, may_have={TENSOR_SCALE: ("F32",)}
+    ),
 }
 
 
@@ -101,10 +112,6 @@ class Weight:
     @property
     def columns(self) -> int:
         return self.shape[-1] if self.shape else 1
-
-    @property
-    def encodings(self) -> set[str]:
-        return {piece.stored.encoding for piece in self.pieces}
 
     @property
     def quantization(self) -> Quantization | None:
@@ -162,7 +169,7 @@ def describe(weights: Iterable[Weight]) -> str:
             stored = piece.stored
             label = ENCODINGS[stored.encoding].summary
             sizes[f"{label} {stored.weight.dtype}" if stored.encoding == "plain" else label] += math.prod(stored.shape)
-            if stored.encoding == "mlx":
+            if stored.weight.dtype == "U32":
                 codes[stored.quantization] += math.prod(stored.shape)
         per_expert |= len(weight.pieces) > 2 and len(weight.shape) == 3
     main = " and ".join(sorted(sizes, key=sizes.get, reverse=True)[:2])
@@ -230,27 +237,40 @@ def _pieces(stack: Stack, path: str, shape: tuple[int, ...], config: ModelConfig
 
 def _stored(entries: dict[str, Entry], path: str, shape: tuple[int, ...], config: ModelConfig) -> Stored:
     weight = entries["weight"]
-    encoding = next((name for name, kind in ENCODINGS.items() if weight.dtype in kind.dtypes), None)
-    if encoding is None:
-        raise CheckpointError(f"{_at(weight)} has the type {weight.dtype}, which is not read; save it in bfloat16.")
-    kind = ENCODINGS[encoding]
+    codes = None
+    if weight.dtype == "U32":
+        codes = config.quantization.for_module(path) if config.quantization else None
+        if codes is None:
+            raise CheckpointError(f"{_at(weight)} is quantized, but config.json does not say how; download it again.")
+        encoding = "mlx affine" if codes.mode == "affine" else "mlx float"
+    else:
+        encoding = next((name for name, kind in ENCODINGS.items() if weight.dtype in kind.dtypes), None)
+        if encoding is None:
+            raise CheckpointError(f"{_at(weight)} has the type {weight.dtype}, which is not read; save it in bfloat16.")
+    if encoding == "nvfp4":
+        codes = NVFP4
+    _check_companions(entries, ENCODINGS[encoding])
+    kept = {role: entry for role, entry in entries.items() if role != "input_scale"}
+    stored = Stored(encoding, kept, shape, codes)
+    _check_shapes(stored)
+    return stored
+
+
+def _check_companions(entries: dict[str, Entry], kind: Encoding) -> None:
+    """The tensors beside a weight must be those of its encoding, of the right types."""
+    weight = entries["weight"]
     missing = [role for role in kind.needs if role not in entries]
     if missing:
         raise CheckpointError(
             f"{_at(weight)} is {weight.dtype} without its {missing[0]}; download the checkpoint again."
         )
-    extra = sorted(set(entries) - {"weight", *kind.needs, *kind.may_have})
-    if extra:
-        raise CheckpointError(f"{_at(entries[extra[0]])} does not belong to a weight of type {weight.dtype}; check it.")
-    kept = {role: entry for role, entry in entries.items() if role != "input_scale"}
-    codes = {"nvfp4": NVFP4}.get(encoding)
-    if encoding == "mlx":
-        codes = config.quantization.for_module(path) if config.quantization else None
-        if codes is None:
-            raise CheckpointError(f"{_at(weight)} is quantized, but config.json does not say how; download it again.")
-    stored = Stored(encoding, kept, shape, codes)
-    _check_shapes(stored)
-    return stored
+    allowed = {"weight": kind.dtypes, **kind.needs, **kind.may_have}
+    for role, entry in sorted(entries.items()):
+        if entry.dtype not in allowed.get(role, ()):
+            raise CheckpointError(
+                f"{_at(entry)}, of type {entry.dtype}, does not belong beside a weight of type {weight.dtype}; check "
+                "where the checkpoint comes from."
+            )
 
 
 def _check_shapes(stored: Stored) -> None:
@@ -258,7 +278,7 @@ def _check_shapes(stored: Stored) -> None:
     expected = {"weight": stored.shape}
     if stored.encoding == "nvfp4":
         expected = {"weight": (*rows, columns // 2), "weight_scale": (*rows, columns // NVFP4.group_size)}
-    elif stored.encoding == "mlx":
+    elif stored.weight.dtype == "U32":
         groups = (*rows, columns // stored.quantization.group_size)
         expected = {"weight": (*rows, columns * stored.quantization.bits // 32), "scales": groups}
         expected |= {"biases": groups} if "biases" in stored.entries else {}

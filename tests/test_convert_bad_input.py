@@ -249,6 +249,20 @@ def test_interrupted_later_resumes_to_the_same_bytes(tmp_path, monkeypatch):
     assert not (tmp_path / "out.partial").exists()
 
 
+@pytest.mark.parametrize("kind", ["directory", "file", "link"])
+def test_what_is_not_a_stopped_conversion_is_never_deleted(kind, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("Dear")
+    partial = tmp_path / "out.partial"
+    if kind == "directory":
+        shutil.copytree(tmp_path / "mine", partial)
+    elif kind == "file":
+        partial.write_text("Dear")
+    else:
+        partial.symlink_to(tmp_path / "mine")
+    refused(DEMO, tmp_path / "out", "out.partial is in the way")
+
+
 def test_other_options_do_not_resume(tmp_path, monkeypatch):
     monkeypatch.setattr("mlx_diffusiongemma.convert.plan.SHARD_BYTES", 400_000)
 

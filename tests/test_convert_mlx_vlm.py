@@ -16,12 +16,16 @@ COMPRESSED = {"quant_method": "compressed-tensors", "format": "float-quantized"}
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("mlx_vlm") is None, reason="mlx-vlm is not installed")
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_ours_loads_in_mlx_vlm(bits, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bits": 8}, {"bits": None}, {"mode": "mxfp4"}, {"mode": "mxfp8"}, {"mode": "nvfp4"}, {"recipe": "compact"}],
+    ids=str,
+)
+def test_ours_loads_in_mlx_vlm(options, tmp_path):
     from mlx.utils import tree_flatten
     from mlx_vlm.utils import load_model
 
-    report = convert_checkpoint(DEMO, tmp_path / "ours", bits=bits)
+    report = convert_checkpoint(DEMO, tmp_path / "ours", **options)
     theirs = dict(tree_flatten(load_model(report.out).parameters()))
     ours = mx.load(str(report.out / "model.safetensors"))
     assert set(ours) == set(theirs)

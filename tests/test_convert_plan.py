@@ -10,6 +10,7 @@ from convert_data import TRUE_SHAPES, true_config, true_shapes
 
 from mlx_diffusiongemma.config import ModelConfig
 from mlx_diffusiongemma.convert import plan_tensors
+from mlx_diffusiongemma.convert.headers import Entry
 from mlx_diffusiongemma.convert.names import GROUPS, expected_tensors
 from mlx_diffusiongemma.convert.plan import SHARD_BYTES, fitting_mac, gpu_limit, shard_header
 from mlx_diffusiongemma.convert.quantization import RECIPES, as_config, make_scheme
@@ -101,6 +102,31 @@ def test_recipes_say_what_they_come_to(name):
 def test_compact_fits_a_24_gb_mac_with_room():
     plan = plan_tensors(true_shapes("published"), true_config(), make_scheme(recipe="compact"))
     assert plan.running_bytes() * 1.05 <= gpu_limit(24)
+
+
+def test_nvfp4_stays_well_below_its_source():
+    tensors = []
+    for name, shape, dtype in true_shapes("published"):
+        if not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            tensors.append((name, shape, dtype))
+            continue
+        halves = ("gate", "up") if name.endswith("gate_up_proj") else ("down",)
+        rows, columns = shape[1] // len(halves), shape[2]
+        for expert in range(shape[0]):
+            for half in halves:
+                linear = f"{name.rpartition('.')[0]}.{expert}.{half}_proj"
+                tensors += [
+                    (f"{linear}.weight", (rows, columns // 2), "U8"),
+                    (f"{linear}.weight_scale", (rows, columns // 16), "F8_E4M3"),
+                    (f"{linear}.weight_scale_2", (), "F32"),
+                    (f"{linear}.input_scale", (), "F32"),
+                ]
+    source = sum(Entry(name, dtype, shape).nbytes for name, shape, dtype in tensors)
+    assert 18.7e9 < source < 18.9e9
+    plan = plan_tensors(tensors, true_config())
+    assert plan.total_bytes < 16.6e9
+    assert "NVFP4" in plan.source and "one key per expert" in plan.source
+    assert "nvfp4" in plan.group_bits["experts"]
 
 
 def test_recipes_need_no_mlx():

@@ -9,7 +9,8 @@ from convert_data import DEMO, all_tensors, copy_demo, edit_json, read_tensors
 from convert_formats import f32_tensor, floats, fp8_tensors, nvfp4_tensors, quantize_experts, quantize_linears
 
 from mlx_diffusiongemma import load
-from mlx_diffusiongemma.convert import convert_checkpoint
+from mlx_diffusiongemma.convert import RECIPES, convert_checkpoint
+from mlx_diffusiongemma.convert.quantization import MODES
 from mlx_diffusiongemma.errors import CheckpointError
 
 LINEARS = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.o_proj.weight", "mlp.up_proj.weight")
@@ -157,6 +158,17 @@ def test_nvfp4_converted_once_converts_again(nvfp4, tmp_path):
     assert all_tensors(whole.out)[name] == all_tensors(direct.out)[name]
 
 
+@pytest.mark.parametrize(
+    "options", [{"recipe": name} for name in RECIPES] + [{"mode": mode} for mode in MODES], ids=str
+)
+def test_recipes_and_modes_load_and_stay_close(options, tmp_path):
+    report = convert_checkpoint(DEMO, tmp_path / "out", **options)
+    whole = convert_checkpoint(DEMO, tmp_path / "whole", bits=None)
+    assert report.plan.total_bytes < 0.6 * whole.plan.total_bytes
+    ours, expected = logits(report.out), logits(whole.out)
+    assert np.abs(ours - expected).mean() < 0.2 * np.abs(expected).mean()
+
+
 def test_missing_scale_is_named(nvfp4, fp8, tmp_path):
     for source, role in ((nvfp4[0], "weight_scale_2"), (nvfp4[0], "weight_scale"), (fp8[0], "weight_scale")):
         name = f"model.decoder.layers.4.experts.5.up_proj.{role}"
@@ -179,6 +191,16 @@ def test_wrong_block_size_is_named(nvfp4, fp8, tmp_path):
         with pytest.raises(CheckpointError) as error:
             convert_checkpoint(broken, tmp_path / "out")
         assert f"model.safetensors: {name}" in str(error.value)
+
+
+def test_scales_of_a_wrong_type_are_named(nvfp4, tmp_path):
+    name = "model.decoder.layers.4.experts.5.up_proj.weight_scale"
+    tensors = read_tensors(nvfp4[0] / "model.safetensors")
+    tensors[name] = ("BF16", tensors[name][1], bytes(2 * len(tensors[name][2])))
+    broken = copy_demo(tmp_path / "source", lambda _: tensors)
+    with pytest.raises(CheckpointError) as error:
+        convert_checkpoint(broken, tmp_path / "out")
+    assert f"{name}, of type BF16" in str(error.value)
 
 
 def test_one_expert_missing_is_named(nvfp4, tmp_path):

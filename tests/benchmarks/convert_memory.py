@@ -38,8 +38,10 @@ def main() -> None:
     parser.add_argument("--mlx-vlm", action="store_true", help="measure mlx_vlm.convert too")
     parser.add_argument("--recipe", default="community")
     parser.add_argument("--bits", type=int, help="the recipe's own otherwise")
+    parser.add_argument("--mode", default="affine")
     arguments = parser.parse_args()
-    options = {"recipe": arguments.recipe} | ({"bits": arguments.bits} if arguments.bits else {})
+    options = {"recipe": arguments.recipe, "mode": arguments.mode}
+    options |= {"bits": arguments.bits} if arguments.bits else {}
     runs = {"mlx-diffusiongemma": OURS} | ({"mlx-vlm": THEIRS} if arguments.mlx_vlm else {})
     size = sum(path.stat().st_size for path in arguments.source.glob("*.safetensors"))
     print(f"{arguments.source}: {size / 1e9:.1f} GB of weights, {options}")
