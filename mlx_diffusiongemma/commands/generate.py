@@ -29,6 +29,7 @@ def generate(
         bool, typer.Option("--raw", "--ignore-chat-template", help="Continue the prompt without a chat template.")
     ] = False,
     max_tokens: MaxTokens = 1024,
+    mode: Annotated[str, typer.Option("--mode", help="reference or fast; other options win over it.")] = "reference",
     steps: Steps = None,
     entropy_bound: Annotated[
         float | None, typer.Option("--entropy-bound", help="Nats accepted per step [the checkpoint's].")
@@ -48,7 +49,7 @@ def generate(
     temp: Annotated[float | None, typer.Option("--temp", hidden=True)] = None,
 ) -> None:
     """Answer a prompt."""
-    from .. import GenerationOptions, stream
+    from .. import MODES, GenerationOptions, stream
     from ..terminal import show, statistics_line
     from ..trace import TraceWriter, event_json
 
@@ -58,6 +59,8 @@ def generate(
             "meaning here; leave it out, or change how much is accepted per step with --entropy-bound."
         )
     text = _prompt_text(prompt if prompt is not None else prompt_option)
+    if mode not in MODES:
+        raise typer.BadParameter(f"{mode!r} is none of {', '.join(MODES)}", param_hint="--mode")
     options = GenerationOptions(
         max_tokens=max_tokens,
         max_steps=steps,
@@ -66,7 +69,7 @@ def generate(
         canvas_length=canvas_length,
         stop=tuple(stop or ()),
         seed=seed,
-    )
+    ).filled_from(MODES[mode])
     loaded, processor = load_model(model)
     request = _request(processor, text, raw, system, image or [], thinking)
     events = stream(loaded, processor, request, options=options)
@@ -82,6 +85,8 @@ def generate(
         )
     end_line()
     typer.echo(statistics_line(done.stats), err=True)
+    if done.note:
+        typer.echo(f"mlx-dg: {done.note}", err=True)
 
 
 def _request(
