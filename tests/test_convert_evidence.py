@@ -118,3 +118,10 @@ def test_calibration_goes_into_card_and_report(converted, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo", "prompts.txt"]
     with pytest.raises(CheckpointError, match="no prompt"):
         calibrate(converted, DEMO, [])
+
+
+def test_calibration_where_the_unquantized_model_does_not_fit(converted, monkeypatch):
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 10**6})
+    result = calibrate(converted, DEMO, ["sort 321"])
+    assert result.kl is None and result.steps >= 1
+    assert "was not run" in result.render()

@@ -29,9 +29,9 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"{bits}-bit": ("bf16", {"bits": bits}) for bits in (2, 5, 6, 8)},
     **{mode: ("bf16", {"mode": mode}) for mode in ("mxfp4", "mxfp8", "nvfp4")},
     "from FP8": ("fp8", {}),
-    "from FP8, 8-bit": ("fp8", {"bits": 8}),
-    "from NVFP4, kept": ("nvfp4", {}),
-    "from NVFP4, 4-bit": ("nvfp4", {"bits": 4}),
+    "from FP8 at 8 bits": ("fp8", {"bits": 8}),
+    "from NVFP4 kept": ("nvfp4", {}),
+    "from NVFP4 at 4 bits": ("nvfp4", {"bits": 4}),
 }
 
 
