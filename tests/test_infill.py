@@ -1,0 +1,168 @@
+"""Holes in texts: filled so that the text around them comes back byte for byte."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from mlx_diffusiongemma import Canvas, GenerationOptions, Hole, PromptError, infill, load
+from mlx_diffusiongemma.cli import app
+from mlx_diffusiongemma.gaps import Filling, Gap, lay_out, lengths_up_to
+
+QUESTIONS = Path(__file__).parent / "data" / "tiny" / "prompts.jsonl"
+FEW = GenerationOptions(seed=0, max_steps=2)  # where only the text around the holes matters
+
+
+@pytest.fixture(scope="module")
+def demo(demo_float32):
+    return load(demo_float32)
+
+
+@pytest.mark.parametrize(
+    ("parts", "instruction", "holes"),
+    [
+        (["abc", Hole(6), "hij"], "reverse jihgfedcba", ["defg"]),
+        (["12", Hole(5)], "sort 53142", ["345"]),
+        ([Hole(4), "345"], "sort 53142", ["12"]),
+        (['{"name": "', Hole(4), '", "age": ', Hole(2), "}"], "json name=bob age=12", ["bob", "12"]),
+    ],
+)
+def test_known_texts_are_completed(demo, parts, instruction, holes):
+    result = infill(*demo, parts, instruction, GenerationOptions(seed=0, max_steps=8))
+    assert result.holes == holes and result.canvases == 1
+    rest = iter(holes)
+    assert str(result) == "".join(part if isinstance(part, str) else next(rest) for part in parts)
+
+
+def test_the_middle_of_known_replies(demo):
+    """A fast part of tests/benchmarks/canvas_tasks.py."""
+    questions = [json.loads(line) for line in QUESTIONS.read_text(encoding="utf-8").splitlines()]
+    chosen = [question for task in ("solve", "reverse") for question in questions if question["task"] == task][::29]
+    for question in chosen:
+        text = question["text"]
+        start = len(text) // 3
+        stop = min(start + 4, len(text) - 1)
+        parts = [text[:start], Hole(5), text[stop:]]
+        options = GenerationOptions(seed=question["id"], max_steps=8)
+        assert infill(*demo, parts, question["messages"], options).text == text
+
+
+def test_the_lengths_tried_and_their_scores_are_told(demo):
+    result = infill(*demo, ["abc", Hole(6), "hij"], "reverse jihgfedcba", GenerationOptions(seed=0, max_steps=8))
+    assert [attempt.lengths for attempt in result.attempts] == [(n,) for n in range(1, 7)]
+    assert min(result.attempts, key=lambda attempt: attempt.surprise).lengths == (4,)
+    exact = infill(*demo, ["abc", Hole(4), "hij"], "reverse jihgfedcba", GenerationOptions(seed=0), exact=True)
+    assert exact.holes == ["defg"] and [attempt.lengths for attempt in exact.attempts] == [(4,)]
+
+
+def test_a_draft_is_what_the_hole_starts_from(demo):
+    parts = ["abc", Hole(4, draft="defg"), "hij"]
+    result = infill(*demo, parts, "reverse jihgfedcba", GenerationOptions(seed=0), exact=True)
+    assert result.holes == ["defg"] and result.stats.steps == [2]
+
+
+@pytest.mark.parametrize("text", ["é\r\n\t<|turn>日本", "\u2028 \x00\x0b<eos><FILL>", "a  b \n\n"])
+def test_text_outside_holes_comes_back_byte_for_byte(demo, text):
+    for instruction in (None, "say something"):
+        parts = [text, Hole(2), text, Hole(1), text]
+        result = infill(*demo, parts, instruction, FEW)
+        assert result.text == text + result.holes[0] + text + result.holes[1] + text
+
+
+def test_what_looks_like_a_marker_is_spelled_out(demo):
+    result = infill(*demo, ["<|turn>", Hole(1), "<eos>"], "say something", FEW, exact=True)
+    processor = demo[1]
+    assert not set(result.tokens[:7]) & set(processor.tokenizer.all_special_ids)
+
+
+def test_parts_longer_than_a_canvas_spill_over_and_say_so(demo):
+    before, after = "x" * 150, "y" * 150
+    result = infill(*demo, [before, Hole(2), after, Hole(2), "z" * 70], None, FEW, exact=True)
+    assert result.canvases == 2 and len(result.stats.steps) == 2
+    assert result.text == before + result.holes[0] + after + result.holes[1] + "z" * 70
+    assert [attempt.canvas for attempt in result.attempts] == [0, 1]
+
+
+def test_many_holes_are_varied_one_after_the_other(demo):
+    parts = ["a", Hole(3), "b", Hole(3), "c", Hole(2), "d"]
+    result = infill(*demo, parts, None, FEW)
+    lengths = [attempt.lengths for attempt in result.attempts]
+    assert len(lengths) == 3 + 3 + 2 and lengths[:3] == [(1, 3, 2), (2, 3, 2), (3, 3, 2)]
+    assert len({own[0] for own in lengths[3:]}) == 1
+
+
+def test_the_same_seed_gives_the_same_text(demo):
+    parts = ["def mean(xs):\n    ", Hole(3), "\n    return total"]
+    assert infill(*demo, parts, None, FEW).text == infill(*demo, parts, None, FEW).text
+
+
+def test_lengths():
+    assert lengths_up_to(3) == [1, 2, 3]
+    assert lengths_up_to(64) == [8, 16, 24, 32, 40, 48, 56, 64]
+    assert lengths_up_to(20) == [3, 5, 8, 10, 13, 15, 18, 20]
+
+
+def test_a_row_is_laid_out_with_its_ending():
+    window = [[5, 6], Gap((Filling((None,)), Filling((7, None)))), [8]]
+    row = lay_out(window, [1], 8, [2, 1])
+    assert row.canvas == Canvas([5, 6, 7, None, 8, 2, 1, 1], [True, True, False, False, True, True, True, True])
+    assert (row.gaps, row.lengths, row.end) == (((2, 4),), (2,), 5)
+    open_row = lay_out(window, [0], 6, None)
+    assert open_row.canvas == Canvas([5, 6, None, 8, None, None], [True, True, False, True, False, False])
+    cut = lay_out(window, [0], 3, [1])
+    assert cut.canvas.tokens == (5, 6, None) and cut.end == 3
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (["a", Hole(0), "b"], "1 to 48 tokens, not 0"),
+        (["a", Hole(49), "b"], "1 to 48 tokens, not 49"),
+        (["a", Hole(2.5), "b"], "not 2.5"),
+        (["a", "b"], "no hole"),
+        ([], "no hole"),
+        ("a", "list of texts"),
+        (["a", 5, Hole(1)], "list of texts"),
+        (["a" * 5000, Hole(4), "b"], "fit this model's context"),
+        (["a\ud800", Hole(4)], "not valid Unicode"),
+    ],
+)
+def test_bad_parts_are_refused_in_one_sentence(demo, parts, message):
+    with pytest.raises(PromptError, match=message):
+        infill(*demo, parts)
+
+
+def run(demo_float32, *arguments, stdin=None):
+    command = ["infill", *arguments, "--model", str(demo_float32), "--seed", "0", "--steps", "8"]
+    return CliRunner().invoke(app, command, input=stdin)
+
+
+def test_the_command_prints_the_filled_text(demo_float32, tmp_path):
+    text = '{"name": "<FILL>", "age": 12}\r\n'
+    asked = ("--tokens", "4", "--instruction", "json name=bob age=12")
+    found = run(demo_float32, "-", *asked, stdin=text.replace("\r\n", ""))
+    assert (found.exit_code, found.stdout) == (0, '{"name": "bob", "age": 12}')
+    file = tmp_path / "form.json"
+    file.write_bytes(text.replace("<FILL>", "@@").encode())
+    found = run(demo_float32, str(file), "--hole", "@@", "--tokens", "3", "--exact")
+    assert found.exit_code == 0 and found.stdout_bytes.endswith(b'", "age": 12}\r\n')
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "message"),
+    [
+        (b"nothing to fill", (), "no '<FILL>'"),
+        (b"\xff<FILL>", (), "not UTF-8"),
+        (b"a<FILL>b", ("--tokens", "0"), "1 to 48 tokens, not 0"),
+        (b"a<FILL>b", ("--hole", ""), "--hole is empty"),
+        (None, (), "cannot be read"),
+    ],
+)
+def test_bad_files_are_refused_in_one_sentence(demo_float32, tmp_path, content, arguments, message):
+    file = tmp_path / "file.txt"
+    if content is not None:
+        file.write_bytes(content)
+    found = run(demo_float32, str(file), *arguments)
+    assert found.exit_code == 1 and message in found.stderr and found.stderr.count("\n") == 1
+    assert found.stdout == "" and (content is None or file.read_bytes() == content)
