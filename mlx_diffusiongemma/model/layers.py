@@ -11,11 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.rope_utils import initialize_rope
 
+from ..accounting import SCORE_BUDGET
 from ..config import LayerConfig, TextConfig
-
-# Scores of one attention call, in bytes. Head sizes of 256 and 512 have no fused kernel for many queries on most
-# chips, so the scores exist; queries are taken in parts that keep them under this.
-SCORE_BUDGET = 256 * 2**20
 
 Extend = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 

@@ -12,12 +12,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..accounting import BLOCK_BUDGET, GROUP
 from .layers import fuse_elementwise
-
-# A block's float32 logits, in bytes. About ten arrays of this size are alive at once where nothing is fused.
-BLOCK_BUDGET = 8 * 2**20
-# Tokens whose probabilities are summed before one of them is drawn; see `_draw`.
-GROUP = 32
 
 
 class Reading(NamedTuple):
@@ -97,6 +93,35 @@ def _exponentials(scaled: mx.array, top: mx.array) -> tuple[mx.array, mx.array]:
     return weights, weights * shifted
 
 
+@fuse_elementwise
+def _higher(
+    top: mx.array, tokens: mx.array, block_top: mx.array, block_tokens: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The higher maximum of each row, the first token that has it, and by how much the old one lies below it."""
+    joined = mx.maximum(top, block_top)
+    return joined, mx.where(block_top > top, block_tokens, tokens), top - joined
+
+
+@fuse_elementwise
+def _joined_sums(
+    mass: mx.array, moment: mx.array, old_mass: mx.array, old_moment: mx.array, fall: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Sums that are relative to a new maximum, with the old ones, which are relative to one lower by `fall`."""
+    decay = mx.exp(fall)
+    # The moment is of x - top: when the top rises, every x already counted moves by the difference.
+    return mass + decay * old_mass, moment + decay * (old_moment + fall * old_mass)
+
+
+@fuse_elementwise
+def _joined_soft(soft: mx.array, old_soft: mx.array, fall: mx.array) -> mx.array:
+    return soft.astype(mx.float32) + mx.exp(fall) * old_soft
+
+
+@fuse_elementwise
+def _rescaled(weights: mx.array, top: mx.array, final_top: mx.array) -> mx.array:
+    return weights * mx.exp(top - final_top)
+
+
 def block_length(rows: int, vocabulary: int) -> int:
     """Tokens per block: a multiple of GROUP that keeps one float32 block of `rows` within BLOCK_BUDGET."""
     fitting = BLOCK_BUDGET // (4 * rows) // GROUP * GROUP
@@ -170,10 +195,11 @@ class _Total:
 
     def add(self, block: nn.Module, scaled: mx.array, start: int, condition: bool) -> None:
         """Take in a block of processed logits [rows, block], whose first token is `start`."""
-        block_top = scaled.max(axis=-1, keepdims=True)
-        block_tokens = scaled.argmax(axis=-1) + start
-        first = self.top is None
-        top = block_top if first else mx.maximum(self.top, block_top)
+        top = scaled.max(axis=-1, keepdims=True)
+        tokens = scaled.argmax(axis=-1, keepdims=True) + start
+        first, fall = self.top is None, None
+        if not first:
+            top, tokens, fall = _higher(self.top, self.tokens, top, tokens)
         weights, moments = _exponentials(scaled, top)
         if condition:
             groups = _grouped(weights).sum(-1)
@@ -183,16 +209,13 @@ class _Total:
         else:
             mass = weights.sum(-1, keepdims=True)
         moment = moments.sum(-1, keepdims=True)
-        soft = expected_embedding(block, weights).astype(mx.float32) if condition else None
+        soft = expected_embedding(block, weights) if condition else None
         if not first:
-            fall = self.top - top
-            decay = mx.exp(fall)
-            block_tokens = mx.where((block_top > self.top)[:, 0], block_tokens, self.tokens)
-            # The moment is of x - top: when the top rises, every x already counted moves by the difference.
-            moment = moment + decay * (self.moment + fall * self.mass)
-            mass = mass + decay * self.mass
-            soft = soft + decay * self.soft if condition else None
-        self.top, self.mass, self.moment, self.tokens = top, mass, moment, block_tokens
+            mass, moment = _joined_sums(mass, moment, self.mass, self.moment, fall)
+            soft = _joined_soft(soft, self.soft, fall) if condition else None
+        elif condition:
+            soft = soft.astype(mx.float32)
+        self.top, self.mass, self.moment, self.tokens = top, mass, moment, tokens
         self.soft = soft
 
     @property
@@ -203,7 +226,7 @@ class _Total:
     def group_masses(self) -> mx.array:
         """Every group's mass [rows, groups], relative to the final maximum. Also turns `soft` into a mean."""
         self.soft = self.soft / self.mass
-        scaled = [groups * mx.exp(top - self.top) for groups, top in zip(self.groups, self.group_tops, strict=True)]
+        scaled = [_rescaled(groups, top, self.top) for groups, top in zip(self.groups, self.group_tops, strict=True)]
         return mx.concatenate(scaled, axis=-1)
 
 

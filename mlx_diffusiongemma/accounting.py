@@ -1,0 +1,123 @@
+"""What a model needs, computed from its configuration: bytes to hold it, floating-point operations of a step.
+
+Shapes alone decide; nothing is loaded. Sizes are bytes, `item` is the bytes of one activation (2 in bfloat16).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .config import LayerConfig, ModelConfig, TextConfig
+
+CONTEXT = 8192  # tokens of prefix that a checkpoint's needs are quoted at
+
+# What the model keeps to, in bytes.
+# A block of the vocabulary: its float32 logits. About ten arrays of this size are alive at once where nothing is fused
+# (some are freed only when the next block is under way), and five where one block is all.
+BLOCK_BUDGET = 8 * 2**20
+BLOCKS_ALIVE, BLOCKS_ALIVE_ALONE = 10, 5
+# Scores of one attention call. Head sizes of 256 and 512 have no fused kernel for many queries on most chips, so the
+# scores exist; queries are taken in parts that keep them under this.
+SCORE_BUDGET = 256 * 2**20
+
+# And in tokens.
+CACHE_GROWTH = 1024  # what a full layer's buffer grows by
+GROUP = 32  # tokens whose probabilities are summed before one of them is drawn
+
+SLIDING_ATTENTION, FULL_ATTENTION = "attention, sliding", "attention, full"
+CONDITIONING, DENSE, EXPERTS, VOCABULARY = "embedding, self-conditioning", "dense MLP", "router, experts", "vocabulary"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the weights, of a prefix's keys and values, and of what one denoising step adds at its peak."""
+
+    weights: int
+    cache: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.step
+
+
+def memory_needed(config: ModelConfig, weights: int, context: int = CONTEXT, item: int = 2) -> Memory:
+    """To denoise a canvas after `context` tokens. weights: bytes of the tensors, see `ModelConfig` for the rest."""
+    return Memory(weights, cache_bytes(config, context, item), step_bytes(config, context, item))
+
+
+def cache_bytes(config: ModelConfig, context: int, item: int = 2) -> int:
+    """Keys and values of `context` tokens, with the room that a canvas and growing need."""
+    return sum(
+        2 * item * layer.num_key_value_heads * layer.head_dim * _capacity(layer, config, context)
+        for layer in config.text.layers
+    )
+
+
+def step_bytes(config: ModelConfig, context: int, item: int = 2) -> int:
+    """The largest of what attention, the experts and the vocabulary hold at once."""
+    text, rows = config.text, config.canvas_length
+    return max(
+        _attention_bytes(text, rows, context, item),
+        item * rows * text.top_k_experts * (2 * text.hidden_size + 3 * text.moe_intermediate_size),
+        _vocabulary_bytes(text, rows, item),
+    )
+
+
+def _capacity(layer: LayerConfig, config: ModelConfig, context: int) -> int:
+    """Tokens that a layer's buffers have room for."""
+    canvas = config.canvas_length
+    if layer.is_sliding:
+        return min(context, config.text.sliding_window - 1 + canvas) + canvas
+    return -(-(context + canvas) // CACHE_GROWTH) * CACHE_GROWTH
+
+
+def _attention_bytes(text: TextConfig, rows: int, context: int, item: int) -> int:
+    """Of the widest layer: queries, keys and values, the result, and before and after softmax the scores."""
+    widths = [text.num_attention_heads * layer.head_dim for layer in text.layers]
+    scores = min(text.num_attention_heads * rows * (context + rows), SCORE_BUDGET // 4)
+    return 2 * item * scores + 4 * item * rows * max(widths)
+
+
+def _vocabulary_bytes(text: TextConfig, rows: int, item: int) -> int:
+    """A block's arrays, then the candidates among which each position draws; the groups' masses all along."""
+    masses = 4 * rows * -(-text.vocab_size // GROUP)
+    whole = 4 * rows * text.vocab_size
+    blocks = BLOCKS_ALIVE * BLOCK_BUDGET if whole > BLOCK_BUDGET else BLOCKS_ALIVE_ALONE * whole
+    candidates = item * rows * GROUP * text.hidden_size
+    return masses + max(blocks, 2 * candidates + masses)
+
+
+def step_operations(config: ModelConfig, context: int) -> dict[str, dict[str, int]]:
+    """Floating-point operations of one step by component, and there by the kind of product (a ceiling's name)."""
+    text, rows = config.text, config.canvas_length
+    gated = 2 * rows * 3 * text.hidden_size
+    head = 2 * rows * text.hidden_size * text.vocab_size
+    layers = len(text.layers)
+    routing = 2 * rows * text.hidden_size * text.num_experts * layers
+    attention: dict[str, dict[str, int]] = {}
+    for layer in text.layers:
+        sums = attention.setdefault(SLIDING_ATTENTION if layer.is_sliding else FULL_ATTENTION, {})
+        for kind, count in _attention_operations(layer, text, rows, context).items():
+            sums[kind] = sums.get(kind, 0) + count
+    return {
+        CONDITIONING: {"product": gated * text.intermediate_size},
+        **attention,
+        DENSE: {"product": gated * text.intermediate_size * layers},
+        EXPERTS: {
+            "product": routing,
+            "experts": gated * text.moe_intermediate_size * text.top_k_experts * layers,
+        },
+        VOCABULARY: {"product": head, "product, plain": head},
+    }
+
+
+def _attention_operations(layer: LayerConfig, text: TextConfig, rows: int, context: int) -> dict[str, int]:
+    queries = text.num_attention_heads * layer.head_dim
+    keys = layer.num_key_value_heads * layer.head_dim * (2 if layer.is_sliding else 1)
+    seen = min(context, text.sliding_window - 1) if layer.is_sliding else context
+    scores = "attention, sliding" if layer.is_sliding else "attention, full"
+    return {
+        "product": 2 * rows * text.hidden_size * (2 * queries + keys),
+        scores: 4 * rows * queries * (seen + rows),
+    }
