@@ -17,7 +17,7 @@ LAYERS = [
     {"generation", "scoring", "restricting", "gaps", "gap_filling", "modes"},
     {"infilling", "editing", "choosing", "filling"},
     {"session", "session_file", "convert"},
-    {"benchmark", "layout", "pictures", "terminal", "trace"},
+    {"benchmark", "benchmark_report", "ceilings", "step_profile", "layout", "pictures", "terminal", "trace"},
     {"commands"},
     {"cli"},
 ]

@@ -1,0 +1,77 @@
+"""The benchmark runs on a small model and reports what it says it reports; its numbers are not judged."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+
+import pytest
+from convert_data import DEMO
+from rich.console import Console
+
+from mlx_diffusiongemma import accounting, benchmark, ceilings, load
+from mlx_diffusiongemma.benchmark_report import bar, render, render_plan
+from mlx_diffusiongemma.convert import convert_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return convert_checkpoint(DEMO, tmp_path_factory.mktemp("bench") / "demo", bits=None, dtype="float32").out
+
+
+@pytest.fixture(scope="module")
+def report(checkpoint):
+    tiny = ceilings.Sizes(width=64, experts=2, keys=64, copied=1 << 16, launches=20, seconds=0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ceilings, "CPU_SIZES", tiny)
+        patch.setattr(benchmark, "PREFIX", 64)
+        model, processor = load(checkpoint)
+        return benchmark.run_benchmark(model, processor, prompts=["sort 53142"], steps=(1, 2), max_tokens=64)
+
+
+def text_of(renderable) -> str:
+    console = Console(file=StringIO(), width=160)
+    console.print(renderable)
+    return console.file.getvalue()
+
+
+def test_every_component_is_measured_against_a_ceiling(report):
+    assert [part.name for part in report.components] == [
+        accounting.CONDITIONING,
+        accounting.SLIDING_ATTENTION,
+        accounting.FULL_ATTENTION,
+        accounting.DENSE,
+        accounting.EXPERTS,
+        accounting.VOCABULARY,
+    ]
+    assert all(part.seconds > 0 and part.operations > 0 and part.ceiling > 0 for part in report.components)
+    assert all(rate > 0 for rate in report.ceilings.to_dict().values())
+
+
+def test_fixed_work_and_natural_stop(report):
+    assert [work.steps for work in report.fixed] == [1, 2]
+    assert all(work.tokens == report.canvas and work.tokens_per_second > 0 for work in report.fixed)
+    assert sum(steps * count for steps, count in report.natural.distribution.items()) == sum(report.natural.steps)
+    assert report.natural.first_canvas_seconds > 0
+    assert report.natural.tokens > 0 and report.natural.peak_memory > 0
+
+
+def test_as_json_and_as_a_table(report):
+    content = json.loads(json.dumps(report.to_dict()))
+    assert content["machine"].keys() >= {"chip", "system", "mlx", "device"}
+    assert content["natural"]["tokens_per_second"] == pytest.approx(report.natural.tokens_per_second)
+    shown = text_of(render(report))
+    assert all(part.name in shown for part in report.components)
+    assert ("Measured on the CPU" in shown) == (report.machine.device == "CPU")
+
+
+def test_the_plan_of_a_checkpoint_needs_no_weights(checkpoint, tmp_path):
+    memory = benchmark.plan_memory(checkpoint, context=1000)
+    size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    assert size * 0.9 < memory.weights <= size
+    assert f"{memory.total / 1e9:.3f}" in text_of(render_plan(memory, 1000))
+
+
+def test_bars():
+    assert bar(0) == "" and bar(1) == "█" * 24 and bar(0.5) == "█" * 12 and bar(2) == bar(1)
+    assert bar(1 / 24 / 8) == "▏"
