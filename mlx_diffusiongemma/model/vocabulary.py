@@ -7,6 +7,7 @@ as flash attention does over keys: with running maxima and sums, no array of can
 from __future__ import annotations
 
 import math
+from copy import copy
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -29,12 +30,7 @@ class Reading(NamedTuple):
 
 def embedding_rows(embedding: nn.Embedding | nn.QuantizedEmbedding, index: slice | mx.array) -> nn.Module:
     """The embedding of some tokens, as an embedding."""
-    if isinstance(embedding, nn.Embedding):
-        part = nn.Embedding(1, 1)
-    else:
-        part = nn.QuantizedEmbedding(
-            1, embedding.group_size, group_size=embedding.group_size, bits=embedding.bits, mode=embedding.mode
-        )
+    part = copy(embedding)
     for name, array in embedding.parameters().items():
         part[name] = mx.contiguous(array[index])
     return part
