@@ -50,7 +50,19 @@ __all__ = ["__version__", *sorted(_HOME_OF)]
 def __getattr__(name: str):
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+    try:
+        module = importlib.import_module(f".{_HOME_OF[name]}", __name__)
+    except ImportError as error:
+        # On Linux, MLX is an extra, and its package without a backend cannot load its library.
+        if (error.name or "").split(".")[0] == "mlx" or "libmlx" in str(error):
+            from .errors import MissingBackendError
+
+            raise MissingBackendError(
+                "MLX is not installed for this machine; run: pip install 'mlx-diffusiongemma[cpu]' "
+                "(or [cuda] for an NVIDIA GPU)."
+            ) from None
+        raise
+    value = getattr(module, name)
     globals()[name] = value
     return value
 
