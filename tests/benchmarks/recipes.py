@@ -59,7 +59,9 @@ def main() -> None:
         for name in names:
             source, options = RUNS[name]
             started = time.perf_counter()
-            report = convert_checkpoint(sources[source], Path(scratch) / f"{name} converted", dtype="float32", **options)
+            report = convert_checkpoint(
+                sources[source], Path(scratch) / f"{name} converted", dtype="float32", **options
+            )
             model, processor = load(report.out)
             prompts = [
                 processor.prompt(q["messages"], tools=q["tools"] or (), thinking=q["thinking"]) for q in questions
