@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from .commands.bench import bench
+from .commands.chat import chat
 from .commands.check import check
 from .commands.convert import EPILOG, convert
 from .commands.demo import demo
@@ -63,5 +64,5 @@ def version(
 
 
 app.command(epilog=EPILOG)(convert)
-for verb in (generate, infill, edit, demo, check, replay, bench):
+for verb in (generate, chat, infill, edit, demo, check, replay, bench):
     app.command()(verb)

@@ -1,0 +1,198 @@
+"""mlx-dg chat"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import DiffusionGemmaError, PromptError
+from .chat_input import Read, answer_reader, at_terminal, interrupts, message_reader
+from .chat_tools import Functions, load_functions, run_call, written
+from .common import LiveCanvas, MaxTokens, Model, Seed, Steps, end_line, load_model
+
+if TYPE_CHECKING:
+    from ..events import Done, Event
+    from ..session import ChatSession
+
+MOST_CALLS = 8  # replies in a row that call tools
+HELP = """\
+/image PATH   show the model an image with your next message
+/system TEXT  set the instructions; without text, take them away
+/think        let the model think first, or stop that
+/undo         forget the last turn
+/reset        forget all turns
+/save PATH    write the conversation to a file
+/load PATH    go on with the conversation in a file
+/quit         leave, as Ctrl-D does
+Esc Enter begins a new line; Ctrl-C stops a reply, and its turn is forgotten; // begins a message with a slash."""
+
+
+def chat(
+    model: Model = None,
+    system: Annotated[str | None, typer.Option("--system", "--system-prompt", help="A system message.")] = None,
+    thinking: Annotated[bool, typer.Option("--thinking", help="Let the model think first.")] = False,
+    tools: Annotated[
+        Path | None, typer.Option("--tools", metavar="FILE.py", help="Typed functions that it may ask you to run.")
+    ] = None,
+    max_tokens: MaxTokens = 1024,
+    steps: Steps = None,
+    seed: Seed = None,
+    live: LiveCanvas = None,
+) -> None:
+    """Talk; every turn costs only what is new. Piped, a line is a turn."""
+    from .. import ChatSession, GenerationOptions
+
+    functions = load_functions(tools) if tools else {}
+    options = GenerationOptions(max_tokens=max_tokens, max_steps=steps, seed=seed)
+    loaded, processor = load_model(model)
+    session = ChatSession(loaded, processor, system, list(functions.values()), thinking, options)
+    talk = _Chat(session, functions, live)
+    if at_terminal():
+        typer.secho("/help lists the commands, Ctrl-D leaves.", err=True, dim=True)
+    talk.run(message_reader())
+    if talk.failed and not at_terminal():
+        raise typer.Exit(1)
+
+
+class _Chat:
+    """The user's side of a session: what a line means, and what is shown for it."""
+
+    def __init__(self, session: ChatSession, functions: Functions, live: bool | None):
+        self.session, self.functions, self.live = session, functions, live
+        self.images: list[Any] = []  # for the next message
+        self.failed = False
+        self.commands: dict[str, Callable[[str], None]] = {
+            "help": lambda _: _say(HELP),
+            "image": self._image,
+            "system": self._system,
+            "think": self._think,
+            "undo": self._undo,
+            "reset": self._reset,
+            "save": self._save,
+            "load": self._load,
+        }
+
+    def run(self, read: Read) -> None:
+        """Read and answer until there is nothing more to read."""
+        while True:
+            try:
+                line = read("> ").strip()
+                if line in ("/quit", "/exit"):
+                    return
+                if line:
+                    self._take(line)
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                if not at_terminal():
+                    raise
+            except DiffusionGemmaError as error:
+                self.failed = True
+                _say(f"mlx-dg: {error}")
+
+    def _take(self, line: str) -> None:
+        if not line.startswith("/") or line.startswith("//"):
+            images, self.images = self.images, []
+            text = line.removeprefix("/") if line.startswith("//") else line
+            self._turn(lambda cancel: self.session.send(text, images, cancel=cancel))
+            return
+        name, _, rest = line[1:].partition(" ")
+        if name not in self.commands:
+            raise PromptError(f"There is no command /{name}; /help lists them, and // begins a message with a slash.")
+        self.commands[name](rest.strip())
+
+    def _turn(self, send: Callable[[threading.Event], Iterator[Event]]) -> None:
+        """A reply, and those after it while the model calls tools. A turn that is not finished is forgotten."""
+        turns = len(self.session.messages)
+        try:
+            done = self._show(send)
+            for _ in range(MOST_CALLS):
+                if done.finish_reason == "cancelled" or not self.session.tool_calls:
+                    break
+                results = [self._answer(call) for call in self.session.tool_calls]
+                done = self._show(lambda cancel, given=results: self.session.send_tool_results(given, cancel=cancel))
+            if self.session.tool_calls:
+                raise PromptError(f"The model called tools {MOST_CALLS} times in a row; ask in another way.")
+            if done.finish_reason == "cancelled":
+                _say("Stopped; this turn is forgotten.")
+        finally:
+            if self.session.tool_calls and len(self.session.messages) > turns:
+                self.session.undo()
+
+    def _show(self, send: Callable[[threading.Event], Iterator[Event]]) -> Done:
+        from ..terminal import show, statistics_line
+
+        cancel = threading.Event()
+        options = self.session.options.filled_from(self.session.model.options)
+        with interrupts(cancel):
+            done = show(send(cancel), live=self.live, decode=self.session.processor.draft_text, options=options)
+        end_line()
+        typer.secho(statistics_line(done.stats), err=True, dim=True)
+        if done.note:
+            _say(done.note)
+        return done
+
+    def _answer(self, call: dict[str, Any]) -> Any:
+        """What the tool gives, if the user lets it run."""
+        from ..layout import printable
+
+        asked = printable(written(call))
+        if call["function"]["name"] not in self.functions:
+            _say(f"The model asks for {asked}, which is not among the tools.")
+            return {"error": "there is no such tool"}
+        if not at_terminal():
+            _say(f"{asked} was not run: only at a terminal can you allow it.")
+            return {"error": "the user did not allow this call"}
+        try:
+            allowed = answer_reader()(f"Run {asked}? [y/N] ").strip().lower() in ("y", "yes")
+        except EOFError:
+            allowed = False
+        return run_call(self.functions, call) if allowed else {"error": "the user did not allow this call"}
+
+    def _image(self, path: str) -> None:
+        from ..images import load_image
+
+        image = load_image(Path(_unquoted(path, "/image")).expanduser())
+        self.images.append(image)
+        _say(f"{image.width} × {image.height} pixels, for your next message")
+
+    def _system(self, text: str) -> None:
+        self.session.system = text or None
+        _say("The instructions are set." if text else "There are no instructions now.")
+
+    def _think(self, _: str) -> None:
+        self.session.thinking = not self.session.thinking
+        _say("The model thinks first." if self.session.thinking else "The model answers at once.")
+
+    def _undo(self, _: str) -> None:
+        self.session.undo()
+        _say("The last turn is forgotten.")
+
+    def _reset(self, _: str) -> None:
+        self.session.reset()
+        _say("All turns are forgotten.")
+
+    def _save(self, path: str) -> None:
+        self.session.save(Path(_unquoted(path, "/save")).expanduser())
+        _say("Saved.")
+
+    def _load(self, path: str) -> None:
+        self.session.restore(Path(_unquoted(path, "/load")).expanduser())
+        turns = sum(message["role"] == "user" for message in self.session.messages)
+        _say(f"{turns} turn{'s' * (turns != 1)} loaded.")
+
+
+def _unquoted(path: str, command: str) -> str:
+    """A path as users write it, or drop it on a terminal. Raises PromptError where there is none."""
+    path = path[1:-1] if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"" else path
+    if not path:
+        raise PromptError(f"{command} needs a path: {command} PATH")
+    return path
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
