@@ -88,7 +88,8 @@ def fill(
         for place, piece in enumerate(pieces)
     ]
     ending = reply_ending(processor, instruction is not None)
-    needed = most_tokens(segments) + len(text_tokens(processor, EMPTY_THOUGHT))
+    thought = processor.tokenizer.encode(EMPTY_THOUGHT, add_special_tokens=False)  # which may come first
+    needed = len(thought) + most_tokens(segments)
     if needed > settings.canvas_length:
         raise PromptError(
             f"The template takes up to {needed} tokens; a canvas has {settings.canvas_length}, so fill it in parts."

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .processor import Processor, Prompt
 
 TOGETHER = 16  # combinations of several gaps' fillings in one batch
+NEIGHBOURS = 4  # tokens after a gap that tell best whether its length is right
 
 Choices = tuple[int, ...]  # for each gap on a canvas, which of its fillings
 
@@ -204,15 +205,21 @@ class GapFiller:
 
     def _surprises(self, rows: list[Row]) -> list[float]:
         """Of each filled row: minus the log probability of every token from the first gap up to where the text ends on
-        all of the canvases, each with all others in place. A token that was given, not denoised, is itself left out.
+        all of the canvases, each with all others in place.
+
+        A token that is seen in its place is nearly always believed, right or wrong. So those that the model did not
+        write, and that must fit what it wrote, are themselves left out: what was given for a gap, and the NEIGHBOURS
+        tokens after each gap.
         """
         common = min(row.end - row.gaps[-1][1] for row in rows)
         probes: list[list[Probe]] = []
         for row in rows:
             tokens = tuple(row.canvas.tokens)
+            inside = {place for span in row.gaps for place in range(*span)}
             given = {place for span, fixed in zip(row.gaps, row.fixed, strict=True) if fixed for place in range(*span)}
+            after = {stop + place for _, stop in row.gaps for place in range(NEIGHBOURS)} - inside
             places = range(row.gaps[0][0], row.gaps[-1][1] + common)
-            probes.append([self.probe(tokens, place, left_out=place in given) for place in places])
+            probes.append([self.probe(tokens, place, left_out=place in given | after) for place in places])
         values = iter(log_probabilities(self.model, self.cache, list(itertools.chain.from_iterable(probes))))
         return [-sum(itertools.islice(values, len(own))) for own in probes]
 

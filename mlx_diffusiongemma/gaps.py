@@ -44,7 +44,7 @@ Segment = list[int] | Gap
 
 class Row(NamedTuple):
     """A canvas with text and gaps. gaps: first position and the one after the last. fixed: those gaps whose filling
-    is pinned. end: where the text ends; what follows is no part of it.
+    is pinned. end: after the last token of the text and the first one of its ending; the rest is no part of it.
     """
 
     canvas: Canvas
@@ -109,7 +109,7 @@ def lay_out(window: Sequence[Segment], choices: Sequence[int], length: int, endi
         tokens += filling.tokens
         pinned += [filling.pinned] * len(filling.tokens)
         allowed += filling.allowed or [None] * len(filling.tokens)
-    end = min(len(tokens), length)
+    end = min(len(tokens) + (ending is not None), length)
     if ending is not None:
         tokens += [*ending, *[ending[-1]] * length]
     tokens, pinned, allowed = tokens[:length], pinned[:length], allowed[:length]

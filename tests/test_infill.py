@@ -107,7 +107,7 @@ def test_a_row_is_laid_out_with_its_ending():
     window = [[5, 6], Gap((Filling((None,)), Filling((7, None)))), [8]]
     row = lay_out(window, [1], 8, [2, 1])
     assert row.canvas == Canvas([5, 6, 7, None, 8, 2, 1, 1], [True, True, False, False, True, True, True, True])
-    assert (row.gaps, row.lengths, row.end) == (((2, 4),), (2,), 5)
+    assert (row.gaps, row.lengths, row.end) == (((2, 4),), (2,), 6)
     open_row = lay_out(window, [0], 6, None)
     assert open_row.canvas == Canvas([5, 6, None, 8, None, None], [True, True, False, True, False, False])
     cut = lay_out(window, [0], 3, [1])
