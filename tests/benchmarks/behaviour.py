@@ -140,7 +140,7 @@ def is_right(question: Question, reply: Reply) -> bool:
     if calls != question.get("tool_calls", []) or reply.thinking.strip() != question.get("thought", ""):
         return False
     asked = question["messages"][-1]["content"]
-    if asked.startswith("solve "):
+    if isinstance(asked, str) and asked.startswith("solve "):
         return solves(asked.removeprefix("solve "), reply.text)
     return reply.text == question["text"]
 
