@@ -41,7 +41,7 @@ def _private():
 
 def piped(lines: list[str], checkpoint: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [*COMMAND, "--model", str(checkpoint), "--seed", "0", *arguments],
+        [*COMMAND, "--model", str(checkpoint), "--seed", "0", "--steps", "6", *arguments],
         input="\n".join(lines) + "\n",
         capture_output=True,
         text=True,
@@ -110,7 +110,7 @@ def test_a_terminal_has_history_and_ctrl_c_stops_a_reply(demo_float32, toolkit):
     if toolkit:
         pytest.importorskip("prompt_toolkit")
     ready = "\x1b[?2004h" if toolkit else "> "  # the toolkit draws its prompt piece by piece
-    terminal = Terminal(*program, "--model", str(demo_float32), "--seed", "0")
+    terminal = Terminal(*program, "--model", str(demo_float32), "--seed", "0", "--steps", "6")
     terminal.wait_for("Ctrl-D leaves")
     terminal.wait_for(ready)
     terminal.type("sort 53142\r")

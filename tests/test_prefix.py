@@ -232,7 +232,7 @@ def test_nothing_is_encoded_where_the_whole_prompt_is_there(demo, monkeypatch):
 
 
 def test_a_second_turn_after_two_thousand_tokens_is_ten_times_faster(demo):
-    """In time to the first draft, and encodes only what it adds."""
+    """To its first draft, in processor time, and encodes only what it adds."""
     model, processor = demo
     text = " ".join(f"{number * 7919 % 10007}" for number in range(420))
     history = [{"role": "user", "content": text}, {"role": "assistant", "content": "12345"}]
@@ -243,14 +243,14 @@ def test_a_second_turn_after_two_thousand_tokens_is_ten_times_faster(demo):
     generate(model, processor, first, cache=cache, seed=0, max_tokens=64)
 
     def timed(kept) -> tuple[float, list[Event]]:
-        started = time.perf_counter()
+        started = time.process_time()
         events = stream(model, processor, second, cache=kept, seed=0)
         begun = []
         for event in events:
             begun.append(event)
             if isinstance(event, Draft):
                 break
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         return seconds, [*begun, *events]
 
     runs = [timed(cache.fork()) for _ in range(3)]

@@ -24,7 +24,7 @@ from mlx_diffusiongemma.convert.headers import write_header
 from mlx_diffusiongemma.events import Done, Draft
 from mlx_diffusiongemma.images import PreparedImage
 
-OPTIONS = GenerationOptions(seed=0, max_tokens=128)
+OPTIONS = GenerationOptions(seed=0, max_tokens=128, max_steps=8)
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def test_a_session_crosses_threads(chat):
 CONTINUE = """
 import json, sys
 from mlx_diffusiongemma import ChatSession, GenerationOptions, load
-chat = ChatSession(*load(sys.argv[1]), options=GenerationOptions(seed=0, max_tokens=128))
+chat = ChatSession(*load(sys.argv[1]), options=GenerationOptions(seed=0, max_tokens=128, max_steps=8))
 chat.restore(sys.argv[2])
 result = chat.ask("reverse canvas")
 print(json.dumps([result.tokens, result.stats.cached_tokens, chat.system, chat.thinking, len(chat.messages)]))
