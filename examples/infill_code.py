@@ -1,0 +1,16 @@
+"""Fill a hole in a text so that it fits what comes before and after.
+
+python examples/infill_code.py CHECKPOINT BEFORE AFTER [INSTRUCTION]
+"""
+
+import sys
+
+from mlx_diffusiongemma import GenerationOptions, Hole, infill, load
+
+model, processor = load(sys.argv[1])
+before, after = sys.argv[2:4]
+instruction = sys.argv[4] if len(sys.argv) > 4 else None
+result = infill(model, processor, [before, Hole(8), after], instruction, GenerationOptions(seed=0))
+print(result)
+for attempt in result.attempts:
+    print(f"{attempt.lengths[0]} tokens: {attempt.surprise:.3f} nats of surprise", file=sys.stderr)
