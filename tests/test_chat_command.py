@@ -107,8 +107,6 @@ WITHOUT_TOOLKIT = "import sys; sys.modules['prompt_toolkit'] = None; from mlx_di
 @pytest.mark.parametrize("toolkit", [True, False])
 def test_a_terminal_has_history_and_ctrl_c_stops_a_reply(demo_float32, toolkit):
     program = COMMAND if toolkit else [sys.executable, "-c", WITHOUT_TOOLKIT, "chat"]
-    if toolkit:
-        pytest.importorskip("prompt_toolkit")
     ready = "\x1b[?2004h" if toolkit else "> "  # the toolkit draws its prompt piece by piece
     terminal = Terminal(*program, "--model", str(demo_float32), "--seed", "0", "--steps", "6")
     terminal.wait_for("Ctrl-D leaves")

@@ -83,6 +83,8 @@ def test_options_reach_the_loop(demo_float32):
 
 def test_without_a_model_the_last_conversion_here_is_used(demo_float32, demo_4bit, tmp_path):
     shutil.copytree(demo_4bit, tmp_path / "mine")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("[not a model's")
     done = run("generate", "sort 53142", "--seed", 1, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "12345\n") and "mine" in done.stderr
 

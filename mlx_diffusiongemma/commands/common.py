@@ -47,15 +47,11 @@ def load_model(name: str | None) -> tuple[DiffusionGemma, Processor]:
 
 def default_model() -> str:
     """What was last converted in this directory, else the ready-made checkpoint, whose download size is said first."""
-    from ..config import MODEL_TYPE, read_json
+    from ..convert.hashes import REPORT
 
-    converted = []
-    for config in Path().glob("*/config.json"):
-        found = read_json(config)
-        if found.get("model_type") == MODEL_TYPE and "quantization" in found:
-            converted.append(config)
+    converted = list(Path().glob(f"*/{REPORT}"))
     if converted:
-        newest = max(converted, key=lambda path: path.stat().st_mtime).parent
+        newest = max(converted, key=lambda report: report.stat().st_mtime).parent
         typer.echo(f"Using {newest}", err=True)
         return str(newest)
     from huggingface_hub import try_to_load_from_cache
