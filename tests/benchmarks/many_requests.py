@@ -1,7 +1,7 @@
 """Many requests in one process: memory ends where it began, and no request is slower for what ran before it.
 
-    python tests/benchmarks/requests.py [--requests 300] [--checkpoint DIRECTORY]
-    python tests/benchmarks/requests.py --long
+    python tests/benchmarks/many_requests.py [--requests 300] [--checkpoint DIRECTORY]
+    python tests/benchmarks/many_requests.py --long
 
 Without a checkpoint, the demo's is converted first, to float32: a CPU is slow at bfloat16. --long encodes 100,000
 tokens through two small layers instead. Exits 1 when a bound is broken.
