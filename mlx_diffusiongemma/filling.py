@@ -160,9 +160,7 @@ def _read(processor: Processor, tokens: list[int], own: Field) -> str:
 
 def _confidence(filler: GapFiller, names: list[str]) -> dict[str, float]:
     tokens = tuple(filler.row.canvas.tokens)
-    probes = [
-        [filler.probe(tokens, place, left_out=True) for place in range(start, stop)] for start, stop in filler.row.gaps
-    ]
+    probes = [[filler.probe(tokens, place, {place}) for place in range(start, stop)] for start, stop in filler.row.gaps]
     values = iter(log_probabilities(filler.model, filler.cache, [probe for own in probes for probe in own]))
     means = [sum(next(values) for _ in own) / len(own) for own in probes]
     return {name: math.exp(mean) for name, mean in zip(names, means, strict=True)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -207,23 +207,28 @@ class GapFiller:
         """Of each filled row: minus the log probability of every token from the first gap up to where the text ends on
         all of the canvases, each with all others in place.
 
-        A token that is seen in its place is nearly always believed, right or wrong. So those that the model did not
-        write, and that must fit what it wrote, are themselves left out: what was given for a gap, and the NEIGHBOURS
-        tokens after each gap.
+        A token that is seen in its place is nearly always believed, right or wrong. So noise takes the place of those
+        that the model did not write and that must fit what it wrote: of the NEIGHBOURS tokens after a gap, all at once,
+        and of what was given for a gap, one at a time.
         """
         common = min(row.end - row.gaps[-1][1] for row in rows)
         probes: list[list[Probe]] = []
         for row in rows:
             tokens = tuple(row.canvas.tokens)
             inside = {place for span in row.gaps for place in range(*span)}
-            given = {place for span, fixed in zip(row.gaps, row.fixed, strict=True) if fixed for place in range(*span)}
-            after = {stop + place for _, stop in row.gaps for place in range(NEIGHBOURS)} - inside
+            left_out: dict[int, set[int]] = {}  # for a place, those with noise while it is asked for
+            for (start, stop), fixed in zip(row.gaps, row.fixed, strict=True):
+                left_out |= {place: {place} for place in range(start, stop) if fixed}
+                after = set(range(stop, min(stop + NEIGHBOURS, row.end))) - inside
+                left_out |= dict.fromkeys(after, after)
             places = range(row.gaps[0][0], row.gaps[-1][1] + common)
-            probes.append([self.probe(tokens, place, left_out=place in given | after) for place in places])
+            probes.append([self.probe(tokens, place, left_out.get(place, set())) for place in places])
         values = iter(log_probabilities(self.model, self.cache, list(itertools.chain.from_iterable(probes))))
         return [-sum(itertools.islice(values, len(own))) for own in probes]
 
-    def probe(self, tokens: tuple[int, ...], place: int, *, left_out: bool) -> Probe:
-        """Asks for the token at `place`, with noise in its own place or not."""
-        canvas = (*tokens[:place], self.noise[place], *tokens[place + 1 :]) if left_out else tokens
+    def probe(self, tokens: tuple[int, ...], place: int, left_out: Collection[int]) -> Probe:
+        """Asks for the token at `place`, with noise at the places that are left out."""
+        if not left_out:
+            return Probe(tokens, place, tokens[place])
+        canvas = tuple(self.noise[at] if at in left_out else token for at, token in enumerate(tokens))
         return Probe(canvas, place, tokens[place])

@@ -32,17 +32,17 @@ def test_a_form_is_filled_from_its_instruction(demo, name):
     assert form.stats.steps and len(form.attempts) >= 4
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_it_always_parses(demo, seed):
     """Prompts that ask for something else, one step, flat settings: the fields hold all the same."""
     draw = random.Random(seed)
     instruction = draw.choice(["sort 312", "reverse abc", None, "solve ..../..../..../...."])
     options = GenerationOptions(seed=seed, max_steps=1 + seed % 2, entropy_bound=100.0, t_max=5.0, t_min=5.0)
-    fields = {"name": Text(2), "age": Digits(3, least=2), "kind": Choice(["cat", "ox"])}
+    fields = {"name": Text(2), "age": Digits(2, least=2), "kind": Choice(["cat", "ox"])}
     template = '{"n":"{{name}}","age":{{age}},"kind":"{{kind}}"}'
     form = fill(*demo, template, fields, options, instruction=instruction)
     values = json.loads(form.text)
-    assert values["kind"] in ("cat", "ox") and 10 <= values["age"] <= 999
+    assert values["kind"] in ("cat", "ox") and 10 <= values["age"] <= 99
     assert form.values == {"name": values["n"], "age": str(values["age"]), "kind": values["kind"]}
     assert all(0 <= value <= 1 for value in form.confidence.values())
 
