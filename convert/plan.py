@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from ..accounting import CONTEXT, memory_needed
 from ..config import ModelConfig, Quantization
 from ..errors import CheckpointError
 from .headers import ITEM_BYTES, Entry, write_header
@@ -16,7 +17,6 @@ from .quantization import NVFP4, RECIPES, Scheme, matches
 from .sources import TENSOR_SCALE, Weight, describe, find_weights, some
 
 SHARD_BYTES = 5_000_000_000
-CONTEXT = 8192  # tokens, for the memory needed to run
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
@@ -104,19 +104,7 @@ class Plan:
 
     def running_bytes(self, context: int = CONTEXT) -> int:
         """Memory for the weights, the K/V of `context` tokens and one denoising step: about, not to the byte."""
-        text, canvas = self.config.text, self.config.canvas_length
-        cached = sum(
-            2
-            * ITEM_BYTES["BF16"]
-            * layer.num_key_value_heads
-            * layer.head_dim
-            * ((min(context, text.sliding_window) if layer.is_sliding else context) + canvas)
-            for layer in text.layers
-        )
-        scores = 4 * text.num_attention_heads * canvas * (context + canvas)  # float32, one layer at a time
-        experts = ITEM_BYTES["BF16"] * canvas * text.top_k_experts * (3 * text.moe_intermediate_size + text.hidden_size)
-        vocabulary = 4 * canvas * 3 * min(text.vocab_size, 32_768)  # float32, block by block
-        return self.total_bytes + cached + max(scores, vocabulary) + experts
+        return memory_needed(self.config, self.total_bytes, context).total
 
     def render(self, errors: Mapping[str, float] | None = None) -> str:
         """The plan as a person reads it; with the relative error of every group, if they are known."""
@@ -176,7 +164,7 @@ def shard_header(jobs: Iterable[Job]) -> bytes:
 
 
 MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # GiB
-ROOM = 1.05  # for what is not counted
+ROOM = 1.04  # for what is not counted
 MOST_WIRED = 0.85  # of a Mac's memory, for the GPU, with its limit raised
 
 

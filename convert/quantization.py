@@ -64,7 +64,7 @@ RECIPES = {
             "router": 8,
         },
         total_bytes=16_542_844_632,
-        macs="fits Macs from 32 GB, or 24 GB after `sudo sysctl iogpu.wired_limit_mb=17200`",
+        macs="fits Macs from 32 GB, or 24 GB after `sudo sysctl iogpu.wired_limit_mb=17100`",
     ),
     "compact": Recipe(
         summary="4-bit experts, the rest at 4 to 6: for 24 GB Macs",
@@ -94,7 +94,7 @@ RECIPES = {
             "router": 6,
         },
         total_bytes=12_493_571_800,
-        macs="fits Macs from 24 GB, or 16 GB after `sudo sysctl iogpu.wired_limit_mb=13200`",
+        macs="fits Macs from 24 GB, or 16 GB after `sudo sysctl iogpu.wired_limit_mb=13100`",
     ),
     "fidelity": Recipe(
         summary="8-bit experts and projections, embedding and router unquantized: fewest steps",

@@ -21,6 +21,7 @@ BLOCKS_ALIVE, BLOCKS_ALIVE_ALONE = 10, 5
 SCORE_BUDGET = 256 * 2**20
 
 # And in tokens.
+BLOCK_TOKENS = 8192  # of the vocabulary in a block at most
 CACHE_GROWTH = 1024  # what a full layer's buffer grows by
 GROUP = 32  # tokens whose probabilities are summed before one of them is drawn
 
@@ -83,7 +84,8 @@ def _vocabulary_bytes(text: TextConfig, rows: int, item: int) -> int:
     """A block's arrays, then the candidates among which each position draws; the groups' masses all along."""
     masses = 4 * rows * -(-text.vocab_size // GROUP)
     whole = 4 * rows * text.vocab_size
-    blocks = BLOCKS_ALIVE * BLOCK_BUDGET if whole > BLOCK_BUDGET else BLOCKS_ALIVE_ALONE * whole
+    block = min(BLOCK_BUDGET, 4 * rows * BLOCK_TOKENS)
+    blocks = BLOCKS_ALIVE * block if whole > block else BLOCKS_ALIVE_ALONE * whole
     candidates = item * rows * GROUP * text.hidden_size
     return masses + max(blocks, 2 * candidates + masses)
 

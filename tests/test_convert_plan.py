@@ -101,7 +101,7 @@ def test_recipes_say_what_they_come_to(name):
 
 def test_compact_fits_a_24_gb_mac_with_room():
     plan = plan_tensors(true_shapes("published"), true_config(), make_scheme(recipe="compact"))
-    assert plan.running_bytes() * 1.05 <= gpu_limit(24)
+    assert plan.running_bytes() * 1.04 <= gpu_limit(24)
 
 
 def test_nvfp4_stays_well_below_its_source():

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from ..accounting import CACHE_GROWTH
 from ..config import TextConfig
 
-GROWTH = 1024  # tokens that a full layer's buffer grows by
 SNAPSHOT_BYTES = 2**30  # that snapshots may take: about four of the published model's
 
 Label = int | str  # what a token of the prefix is: its id, or the digest of the image it is part of
@@ -71,7 +71,7 @@ class LayerCache:
         capacity = 0 if self.keys is None else self.keys.shape[2]
         if length + self.keep <= capacity:
             return
-        room = -(-(length + self.keep) // GROWTH) * GROWTH - self.length
+        room = -(-(length + self.keep) // CACHE_GROWTH) * CACHE_GROWTH - self.length
         if self.keys is None:
             rows, heads, _, width = like.shape
             self.keys = mx.zeros((rows, heads, 0, width), like.dtype)

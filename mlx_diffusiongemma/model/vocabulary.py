@@ -13,7 +13,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..accounting import BLOCK_BUDGET, GROUP
+from ..accounting import BLOCK_BUDGET, BLOCK_TOKENS, GROUP
 from .layers import fuse_elementwise
 
 
@@ -119,8 +119,10 @@ def _rescaled(weights: mx.array, top: mx.array, final_top: mx.array) -> mx.array
 
 
 def block_length(rows: int, vocabulary: int) -> int:
-    """Tokens per block: a multiple of GROUP that keeps one float32 block of `rows` within BLOCK_BUDGET."""
-    fitting = BLOCK_BUDGET // (4 * rows) // GROUP * GROUP
+    """Tokens per block: a multiple of GROUP, at most BLOCK_TOKENS, that keeps one float32 block of `rows` within
+    BLOCK_BUDGET.
+    """
+    fitting = min(BLOCK_BUDGET // (4 * rows) // GROUP * GROUP, BLOCK_TOKENS)
     return min(max(fitting, GROUP), -(-vocabulary // GROUP) * GROUP)
 
 
