@@ -107,7 +107,7 @@ RECIPES = {
             "dense MLP": ASKED,
         },
         total_bytes=28_674_578_136,
-        macs="fits Macs from 48 GB, or 36 GB after `sudo sysctl iogpu.wired_limit_mb=29400`",
+        macs="fits Macs from 48 GB, or 36 GB after `sudo sysctl iogpu.wired_limit_mb=29100`",
     ),
 }
 
