@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from .model.diffusion_gemma import DiffusionGemma
     from .processor import Processor, Prompt
 
-TOGETHER = 16  # combinations of several gaps' fillings in one batch
+TOGETHER = 16  # canvases in one batch
+EVERY = 32  # combinations of several gaps' fillings, up to which all are tried
 NEIGHBOURS = 4  # tokens after a gap that tell best whether its length is right
 
 Choices = tuple[int, ...]  # for each gap on a canvas, which of its fillings
@@ -153,31 +154,33 @@ class GapFiller:
             self.encoded = len(before)
 
     def _search(self, window: list[Segment]) -> Row:
-        """The best row. Up to TOGETHER combinations are tried at once; where there are more, one gap after the other is
-        varied while the others keep the best so far, at first their longest filling.
+        """The best row. Up to EVERY combination is tried; where there are more, one gap after the other is varied while
+        the others keep the best so far, at first their longest filling.
         """
         gaps = [segment for segment in window if isinstance(segment, Gap)]
         every = [range(len(gap.fillings)) for gap in gaps]
-        if math.prod(map(len, every)) <= TOGETHER:
-            return self._try(window, list(itertools.product(*every)), attempt=0)[1]
+        if math.prod(map(len, every)) <= EVERY:
+            return self._try(window, list(itertools.product(*every)))[1]
         best = tuple(max(range(len(g.fillings)), key=lambda i, g=g: len(g.fillings[i].tokens)) for g in gaps)
         for number, own in enumerate(every):
             varied = [(*best[:number], choice, *best[number + 1 :]) for choice in own]
-            best, row = self._try(window, varied, attempt=number)
+            best, row = self._try(window, varied)
         return row
 
-    def _try(self, window: list[Segment], combinations: list[Choices], attempt: int) -> tuple[Choices, Row]:
-        """Denoise the combinations together; returns the best, ties to the shorter, and its row."""
-        text_goes_on = most_tokens(window) > self.length or window[-1] is not self.segments[-1]
-        ending = None if text_goes_on else self.ending
-        rows = self._denoise([lay_out(window, choices, self.length, ending) for choices in combinations], attempt)
+    def _try(self, window: list[Segment], combinations: list[Choices]) -> tuple[Choices, Row]:
+        """Denoise the combinations, TOGETHER at a time; returns the best, ties to the shorter, and its row."""
+        ending = self.ending if window[-1] is self.segments[-1] else None
+        starts = [lay_out(window, choices, self.length, ending) for choices in combinations]
+        rows = [
+            row for first in range(0, len(starts), TOGETHER) for row in self._denoise(starts[first : first + TOGETHER])
+        ]
         surprises = self._surprises(rows)
         canvas = len(self.steps) - 1
         self.attempts += [Attempt(canvas, row.lengths, value) for row, value in zip(rows, surprises, strict=True)]
         best = min(range(len(rows)), key=lambda index: (surprises[index], sum(rows[index].lengths)))
         return combinations[best], rows[best]
 
-    def _denoise(self, rows: list[Row], attempt: int) -> list[Row]:
+    def _denoise(self, rows: list[Row]) -> list[Row]:
         """Run the rows together. Once one is done, the others get as many steps again: what fits settles early."""
         if all(all(row.canvas.pinned) for row in rows):
             return rows
@@ -190,7 +193,7 @@ class GapFiller:
             self.vocabulary,
             seed=self.options.seed,
             number=len(self.steps) - 1,
-            attempt=attempt,
+            attempt=len(self.attempts),
         )
         steps = run.steps()
         last = self.options.max_steps

@@ -62,8 +62,8 @@ def infill(
     same canvas of the reply; everything earlier is read as the prefix.
 
     A hole's true length is unknown: up to 8 lengths, evenly spaced up to its own, are denoised together, and the one is
-    kept that leaves the model the least surprised at hole and text; `exact` tries only the hole's own. Up to 16
-    combinations of several holes' lengths are tried together; where there are more, one hole after the other is varied
+    kept that leaves the model the least surprised at hole and text; `exact` tries only the hole's own. Up to 32
+    combinations of several holes' lengths are all tried; where there are more, one hole after the other is varied
     while the others keep their best so far. A hole at the end needs no such search: the model ends it itself.
 
     Raises PromptError.

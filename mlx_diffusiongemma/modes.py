@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from .config import GenerationOptions
 
-# `reference` leaves everything to the checkpoint. `fast` accepts more per step, stops as soon as it is confident
-# without a step to confirm it, and gives up early on canvases that do not settle. An option given beside a mode wins:
-# `options.filled_from(MODES["fast"])`.
+# `reference` leaves everything to the checkpoint. `fast` stops a canvas as soon as it is confident, more so than the
+# reference asks, without a step to confirm it, and gives up early on one that does not settle. An option given beside
+# a mode wins: `options.filled_from(MODES["fast"])`.
 MODES: dict[str, GenerationOptions] = {
     "reference": GenerationOptions(),
-    "fast": GenerationOptions(max_steps=24, entropy_bound=0.3, stability=0),
+    "fast": GenerationOptions(max_steps=24, stability=0, confidence=0.002),
 }

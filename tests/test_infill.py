@@ -85,10 +85,10 @@ def test_parts_longer_than_a_canvas_spill_over_and_say_so(demo):
 
 
 def test_many_holes_are_varied_one_after_the_other(demo):
-    parts = ["a", Hole(3), "b", Hole(3), "c", Hole(2), "d"]
+    parts = ["a", Hole(3), "b", Hole(3), "c", Hole(4), "d"]
     result = infill(*demo, parts, None, FEW)
     lengths = [attempt.lengths for attempt in result.attempts]
-    assert len(lengths) == 3 + 3 + 2 and lengths[:3] == [(1, 3, 2), (2, 3, 2), (3, 3, 2)]
+    assert len(lengths) == 3 + 3 + 4 and lengths[:3] == [(1, 3, 4), (2, 3, 4), (3, 3, 4)]
     assert len({own[0] for own in lengths[3:]}) == 1
 
 

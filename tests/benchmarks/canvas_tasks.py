@@ -106,7 +106,7 @@ class Tasks:
         """A form always parses; are its values right?"""
         right = json.loads(question["text"])
         names = [right["name"], changed(right["name"], random.Random(1)), "bob"]
-        text_or_choice = Text(6) if question["id"] % 2 else Choice(list(dict.fromkeys(names)))
+        text_or_choice = Text(8) if question["id"] % 2 else Choice(list(dict.fromkeys(names)))
         form = fill(
             self.model,
             self.processor,
