@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from .config import check_seed
 from .errors import PromptError
 from .gaps import text_tokens
 from .scoring import Probe, empty_thought, log_probabilities, mean_probability, noise_canvases
@@ -36,6 +37,7 @@ def choose(
     come after one. Raises PromptError.
     """
     _check(options, canvases)
+    check_seed(seed)
     prepared = processor.prompt(prompt)
     end = processor.tokenizer.get_vocab().get("<turn|>", model.options.end_tokens[0])
     spelled = [[*text_tokens(processor, option), end] for option in options]

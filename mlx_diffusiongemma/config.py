@@ -207,21 +207,26 @@ class GenerationOptions:
         for name in ("stop", "end_tokens"):
             if isinstance(getattr(self, name), list | set | frozenset):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name, kind, lowest in (
-            ("max_tokens", int, 1),
-            ("max_steps", int, 1),
-            ("canvas_length", int, 1),
-            ("stability", int, 0),
-            ("seed", int, 0),
-            ("retries", int, 0),
+        for name, lowest in (
+            ("max_tokens", 1),
+            ("max_steps", 1),
+            ("canvas_length", 1),
+            ("stability", 0),
+            ("retries", 0),
         ):
-            _check_number(self, name, kind, lowest)
+            _check_number(self, name, int, lowest)
+        check_seed(self.seed)
         for name in ("entropy_bound", "t_max", "t_min", "confidence"):
             _check_number(self, name, float, 0.0)
+        if self.t_max == 0:
+            raise PromptError("t_max must be above 0; give a low temperature, such as 0.01, for the likeliest tokens.")
         if self.t_max is not None and self.t_min is not None and self.t_max < self.t_min:
             raise PromptError(f"t_max ({self.t_max}) must not be below t_min ({self.t_min}).")
-        if any(not isinstance(text, str) or not text for text in self.stop):
+        if not isinstance(self.stop, tuple) or any(not isinstance(text, str) or not text for text in self.stop):
             raise PromptError("stop takes strings of at least one character.")
+        tokens = () if self.end_tokens is None else self.end_tokens
+        if not isinstance(tokens, tuple) or not all(_is_whole(token, 0) for token in tokens):
+            raise PromptError(f"end_tokens takes a list of token ids, not {self.end_tokens!r}.")
 
     @classmethod
     def from_checkpoint(cls, directory: str | Path) -> GenerationOptions:
@@ -357,6 +362,16 @@ def _as_list(value: int | list[int] | None) -> list[int]:
     if value is None:
         return []
     return list(value) if isinstance(value, list) else [value]
+
+
+def check_seed(seed: int | None) -> None:
+    """Raises PromptError where `seed` is neither None nor one that random draws can start from."""
+    if seed is not None and not (_is_whole(seed, 0) and seed < 2**64):
+        raise PromptError(f"seed must be a whole number from 0 to 2**64 - 1, not {seed!r}.")
+
+
+def _is_whole(value: Any, lowest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
 
 
 def _check_number(options: GenerationOptions, name: str, kind: type, lowest: float) -> None:

@@ -108,6 +108,12 @@ def test_bad_options_are_refused_in_one_sentence(demo, options, canvases, messag
         choose(*demo, "sort 312", options, canvases=canvases)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**70, 1.5])
+def test_bad_seeds_are_refused_in_one_sentence(demo, seed):
+    with pytest.raises(PromptError, match="seed must be a whole number"):
+        choose(*demo, "sort 312", ["yes", "no"], seed=seed)
+
+
 def test_a_prompt_longer_than_the_context_is_refused(demo):
     with pytest.raises(PromptError, match="at most 4032"):
         choose(*demo, "x" * 5000, ["yes", "no"])

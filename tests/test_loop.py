@@ -227,6 +227,12 @@ def test_options_left_open_are_the_checkpoints():
         {"confidence": float("nan")},
         {"stop": ("",)},
         {"seed": -1},
+        {"seed": 2**64},
+        {"stop": 5},
+        {"end_tokens": 5},
+        {"end_tokens": ["a"]},
+        {"end_tokens": [-1]},
+        {"t_max": 0.0, "t_min": 0.0},
     ],
 )
 def test_wrong_options_are_refused(wrong):
