@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ from mlx_diffusiongemma.events import Draft, Event, Prefill
 from mlx_diffusiongemma.generation import collect
 from mlx_diffusiongemma.images import prepare_image
 from mlx_diffusiongemma.model import diffusion_gemma
-from mlx_diffusiongemma.model.cache import LayerCache
+from mlx_diffusiongemma.model.cache import Cache, LayerCache
 from mlx_diffusiongemma.prefix import encode_prompt
 from mlx_diffusiongemma.processor import Prompt
 
@@ -139,9 +140,32 @@ def test_what_is_stopped_halfway_leaves_a_cache_that_works(model, monkeypatch):
     monkeypatch.setattr(LayerCache, "append", lambda *given: interrupt() if next(calls) == 7 else append(*given))
     with pytest.raises(KeyboardInterrupt):
         read(model, cache, whole)
-    assert cache.offset == 30 and cache.labels == whole.tokens[:30]
-    assert read(model, cache, whole) == 30
+    assert cache.offset == 0 and not cache.labels and not cache.snapshots and not cache.arrays
+    assert read(model, cache, whole) == 0
     assert_equals_fresh(model, cache, whole)
+
+
+def test_what_one_thread_leaves_unfinished_does_not_stop_another(demo, monkeypatch):
+    model, processor = demo
+    cache, given = model.make_cache(), processor.prompt("sort 53142")
+    generate(model, processor, given, cache=cache, seed=0)
+    longer = processor.prompt("sort 53142 and more")
+    failures = []
+
+    def work() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            generate(model, processor, longer, cache=cache, seed=0)
+        failures.append(True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Cache, "evaluate", interrupt)
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert failures
+    for prompt in (given, longer):
+        kept = generate(model, processor, prompt, cache=cache, seed=0)
+        assert kept.tokens == generate(model, processor, prompt, seed=0).tokens
 
 
 def interrupt(*_: object) -> None:

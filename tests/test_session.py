@@ -23,6 +23,7 @@ from mlx_diffusiongemma import (
 from mlx_diffusiongemma.convert.headers import write_header
 from mlx_diffusiongemma.events import Done, Draft
 from mlx_diffusiongemma.images import PreparedImage
+from mlx_diffusiongemma.model.cache import Cache
 
 OPTIONS = GenerationOptions(seed=0, max_tokens=128, max_steps=8)
 
@@ -199,6 +200,22 @@ def test_a_turn_that_does_not_end_leaves_the_session_as_it_was(chat, way, monkey
     assert chat.messages == before
     again = chat.ask("sort 97")
     assert again.finish_reason == "stop" and again.stats.cached_tokens > 0
+
+
+def test_a_turn_whose_encoding_fails_is_read_again(chat, monkeypatch, tmp_path):
+    chat.ask("sort 53142")
+    before = chat.messages
+    with monkeypatch.context() as patch:
+        patch.setattr(Cache, "evaluate", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            chat.ask("sort 97")
+    assert chat.messages == before
+    chat.save(tmp_path / "chat")
+    expected = fresh(chat, [*before, {"role": "user", "content": "sort 97"}])
+    again = chat.ask("sort 97")
+    assert again.tokens == expected.tokens and again.stats.cached_tokens == 0
+    chat.restore(tmp_path / "chat")
+    assert chat.ask("sort 97").tokens == expected.tokens
 
 
 def fail(*_: object) -> None:

@@ -253,15 +253,19 @@ class Cache:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Encode within this. What is stopped halfway, some layers written and some not, goes back to the last
-        snapshot, or to nothing.
+        """Encode within this. What is stopped halfway leaves nothing: full layers' buffers wait for the chunk that
+        failed, which another thread could not even compute.
         """
         try:
             yield
         except BaseException:
-            last = self.snapshots[-1] if self.snapshots else self._now()
-            self._return_to(last, last.offset if self.snapshots else 0)
+            self.clear()
             raise
+
+    def clear(self) -> None:
+        """Hold nothing."""
+        self.layers = [LayerCache(layer.window, self.keep) for layer in self.layers]
+        self.offset, self.padding, self.labels, self.snapshots = 0, None, [], []
 
     def settle(self) -> None:
         """Let the next canvas be written in place of the last one. Call it when that one is not needed again."""

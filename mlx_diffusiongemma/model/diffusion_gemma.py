@@ -176,7 +176,7 @@ class DiffusionGemma(nn.Module):
             with cache.writing():
                 hidden = self._encode(x, cache, inside)
                 cache.evaluate()
-            cache.labels += labels[start:stop]
+                cache.labels += labels[start:stop]
             yield stop, hidden
 
     def labels(self, tokens: list[int], images: Sequence[Image] = ()) -> list[Label]:
