@@ -14,6 +14,7 @@ import numpy as np
 
 from ..config import GenerationOptions, read_json
 from ..errors import CheckpointError
+from ..paths import user_path
 from .conversion import convert_checkpoint, plan_conversion
 from .hashes import REPORT
 from .packaging import CARD
@@ -74,7 +75,7 @@ def calibrate(
     `directory` for the time of the comparison. Without it, or where it does not fit, only the steps are counted.
     Raises CheckpointError and PromptError.
     """
-    directory = Path(directory).expanduser().absolute()
+    directory = user_path(directory).absolute()
     prompts = [prompt for prompt in prompts if prompt.strip()]
     if not prompts:
         raise CheckpointError("There is no prompt to calibrate with; give a file with one per line.")

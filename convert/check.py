@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..config import GenerationOptions, ModelConfig, read_json
 from ..errors import CheckpointError, DiffusionGemmaError
+from ..paths import user_path
 from .hashes import file_sha256, known_sha256
 from .headers import INDEX_NAME, ITEM_BYTES, Entry, read_checkpoint_headers
 from .names import layout_name
@@ -25,7 +26,7 @@ def check_checkpoint(directory: str | Path, tell: Tell | None = None) -> list[st
 
     `tell` is called with the name of every check as it starts.
     """
-    return _run(Path(directory).expanduser(), CHECKS, tell or (lambda _: None))
+    return _run(user_path(directory), CHECKS, tell or (lambda _: None))
 
 
 def check_files(directory: Path) -> list[str]:

@@ -16,6 +16,7 @@ import mlx.core as mx
 from .. import __version__
 from ..config import ModelConfig, read_json
 from ..errors import CheckpointError
+from ..paths import user_path
 from . import hub
 from .hashes import REPORT
 from .headers import Entry, read_checkpoint_headers, read_index
@@ -83,7 +84,7 @@ def convert_checkpoint(
     leaves if there are finished shards to resume from. Raises CheckpointError; KeyboardInterrupt passes through.
     """
     started = time.monotonic()
-    out = Path(out).expanduser().absolute()
+    out = user_path(out).absolute()
     scheme = make_scheme(bits, group_size, mode, recipe, overrides)
     _check_target(out)
     found = _find(source, revision, weights="streamed" if stream else "local")
@@ -129,7 +130,7 @@ def plan_tensors(
 def _find(source: str | Path, revision: str | None, weights: Literal["local", "remote", "streamed"]) -> Source:
     """`source`, with its weights on this disk, only looked at on the hub, or to be downloaded one by one later."""
     if not hub.is_repository(source):
-        directory = Path(source).expanduser()
+        directory = user_path(source)
         ModelConfig.from_directory(directory)  # says most plainly what is wrong with another model's directory
         return Source(directory, read_checkpoint_headers(directory))
     repository = str(source)

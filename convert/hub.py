@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import CheckpointError
+from ..paths import user_path
 from .headers import Entry, check_index
 from .packaging import CARD, COPIED
 from .partial import Interrupted
@@ -19,7 +20,7 @@ def is_repository(source: str | Path) -> bool:
     """Whether `source` is written like owner/name and is no path that exists. Raises CheckpointError if it is neither
     that nor a directory.
     """
-    if Path(source).expanduser().is_dir():
+    if user_path(source).is_dir():
         return False
     name = str(source)
     if isinstance(source, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):

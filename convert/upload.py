@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..paths import user_path
 from . import hub
 from .check import check_files
 from .packaging import CARD
@@ -18,7 +19,7 @@ def upload_checkpoint(directory: str | Path, repository: str, *, force: bool = F
     """
     from huggingface_hub import HfApi, get_token
 
-    directory = Path(directory).expanduser()
+    directory = user_path(directory)
     problems = check_files(directory)
     if problems:
         raise CheckpointError(f"{directory} is not fit to upload: {problems[0]}")

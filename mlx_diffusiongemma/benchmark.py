@@ -21,10 +21,12 @@ from . import accounting
 from .canvas import Canvas
 from .ceilings import Ceilings, measure_ceilings
 from .config import ModelConfig
+from .convert import hub
 from .convert.headers import read_checkpoint_headers
 from .denoising import CanvasRun
 from .events import Commit, Done
 from .generation import stream
+from .paths import user_path
 from .step_profile import Component, measure_step
 
 if TYPE_CHECKING:
@@ -180,11 +182,20 @@ def run_benchmark(
     )
 
 
-def plan_memory(directory: Path, context: int = accounting.CONTEXT) -> accounting.Memory:
-    """What a converted checkpoint needs after `context` tokens, from its shapes alone. Raises CheckpointError."""
-    config = ModelConfig.from_directory(directory)
-    weights = sum(entry.nbytes for entry in read_checkpoint_headers(directory).values())
-    return accounting.memory_needed(config, weights, context)
+def plan_memory(source: str | Path, context: int = accounting.CONTEXT) -> accounting.Memory:
+    """What a converted checkpoint, a directory or a repository, needs to run after `context` tokens.
+
+    From its shapes alone: of a repository only the small files and the headers of the large ones are read.
+    Raises CheckpointError.
+    """
+    if hub.is_repository(source):
+        directory = hub.download(str(source), None, weights=False)
+        entries = hub.remote_headers(str(source), directory.name)
+    else:
+        directory = user_path(source)
+        entries = read_checkpoint_headers(directory)
+    weights = sum(entry.nbytes for entry in entries.values())
+    return accounting.memory_needed(ModelConfig.from_directory(directory), weights, context)
 
 
 def describe_machine() -> Machine:

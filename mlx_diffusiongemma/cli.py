@@ -36,6 +36,9 @@ class _Verbs(TyperGroup):
             # Whoever read the answer has seen enough; the interpreter must not complain about it either.
             sys.stdout = None
             raise typer.Exit(0) from None
+        except OSError as error:
+            typer.echo(f"mlx-dg: {error}; check the path and its permissions.", err=True)
+            raise typer.Exit(1) from None
 
 
 app = typer.Typer(

@@ -4,6 +4,8 @@ left over, nothing of another shape.
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +21,15 @@ from .model.diffusion_gemma import DiffusionGemma
 from .model.moe import Experts
 from .model.scaled import add_tensor_scales
 from .model.vision import VisionModel
+from .paths import user_path
 
 if TYPE_CHECKING:
     from .processor import Processor
 
 ENCODER = "model.encoder."
 VISION = (f"{ENCODER}vision_tower.", f"{ENCODER}embed_vision.")
+# Stacked experts without `.weight`, one key per expert, or scales as FP8 and NVFP4 checkpoints name them.
+PUBLISHED = re.compile(r"\.experts\.(\d+\.|gate_up_proj$|down_proj$)|\.weight_scale$")
 Progress = Callable[[int, int], None]
 
 
@@ -44,6 +49,7 @@ def load(
     config = ModelConfig.from_directory(directory)
     processor = Processor.from_directory(directory, config)
     weights = read_weights(directory)
+    _check_converted(weights, path_or_repo)
     check_fits(config, sum(array.nbytes for array in weights.values()), directory)
     set_limits()
     vision = {name: weights.pop(name) for name in list(weights) if name.startswith(VISION)}
@@ -72,7 +78,7 @@ def load_vision(directory: Path, config: ModelConfig) -> VisionModel:
 
 def find_checkpoint(path_or_repo: str | Path, revision: str | None = None) -> Path:
     """The local directory of a checkpoint, downloaded where it is a repository's name. Raises CheckpointError."""
-    directory = Path(path_or_repo).expanduser()
+    directory = user_path(path_or_repo)
     if directory.is_dir():
         return directory
     name = str(path_or_repo)
@@ -104,6 +110,13 @@ def read_weights(directory: Path) -> dict[str, mx.array]:
     return weights
 
 
+def _check_converted(weights: dict[str, mx.array], source: str | Path) -> None:
+    """Raises CheckpointError, with the command to run, where the tensors are named as a published checkpoint's."""
+    if any(PUBLISHED.search(name) for name in weights):
+        command = f"mlx-dg convert {shlex.quote(str(source))} --q4"
+        raise CheckpointError(f"{source} is a Hugging Face checkpoint; convert it first: {command}")
+
+
 def _shards(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if not index.exists():
@@ -133,10 +146,6 @@ def _fill(
     """Give a module its weights, which are exactly those of the files whose names begin with `prefix`; what has scales
     there becomes quantized.
     """
-    if any(name.endswith((".experts.gate_up_proj", ".experts.down_proj")) for name in weights):
-        raise CheckpointError(
-            f"{directory} is a Hugging Face checkpoint; convert it first: mlx-dg convert {directory} --q4"
-        )
     _quantize(module, weights, quantization, directory, prefix)
     expected = {prefix + name: array for name, array in tree_flatten(module.parameters())}
     problems = [f"{name} is missing" for name in expected if name not in weights]

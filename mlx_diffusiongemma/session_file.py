@@ -46,6 +46,8 @@ def write_session(path: str | Path, model: DiffusionGemma, conversation: dict[st
         arrays[f"images.{number}.positions"] = mx.array(image.positions)
     metadata = {"kind": KIND, "version": VERSION, "model": fingerprint(model), "content": text}
     metadata["sha256"] = _checksum(arrays, text)
+    if not path.name:
+        raise PromptError(f"The conversation cannot be saved to {path}, which is a directory; give a file's path.")
     part = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
     try:
         mx.save_safetensors(str(part), arrays, metadata)

@@ -19,7 +19,7 @@ def bench(
         typer.Option("--against", metavar="PATH|REPO", help="An autoregressive model for mlx-lm to run beside it."),
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only what running needs, from shapes alone.")] = False,
-    context: Annotated[int, typer.Option("--context", help="Tokens of context for --plan.")] = 8192,
+    context: Annotated[int, typer.Option("--context", min=1, help="Tokens of context for --plan.")] = 8192,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Measure this machine's ceilings, then where a denoising step's time goes and how fast replies come."""
@@ -27,10 +27,9 @@ def bench(
 
     from ..benchmark import plan_memory, run_benchmark
     from ..benchmark_report import render, render_plan
-    from ..loading import find_checkpoint
 
     if plan:
-        memory = plan_memory(find_checkpoint(model or default_model()), context)
+        memory = plan_memory(model or default_model(), context)
         if as_json:
             typer.echo(json.dumps({"weights": memory.weights, "cache": memory.cache, "step": memory.step}))
         else:

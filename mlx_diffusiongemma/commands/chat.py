@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import DiffusionGemmaError, PromptError
+from ..paths import user_path
 from .chat_input import Read, answer_reader, at_terminal, interrupts, message_reader
 from .chat_tools import Functions, load_functions, run_call, written
 from .common import LiveCanvas, MaxTokens, Model, Seed, Steps, end_line, load_model
@@ -156,7 +157,7 @@ class _Chat:
     def _image(self, path: str) -> None:
         from ..images import load_image
 
-        image = load_image(Path(_unquoted(path, "/image")).expanduser())
+        image = load_image(user_path(_unquoted(path, "/image")))
         self.images.append(image)
         _say(f"{image.width} × {image.height} pixels, for your next message")
 
@@ -177,11 +178,11 @@ class _Chat:
         _say("All turns are forgotten.")
 
     def _save(self, path: str) -> None:
-        self.session.save(Path(_unquoted(path, "/save")).expanduser())
+        self.session.save(user_path(_unquoted(path, "/save")))
         _say("Saved.")
 
     def _load(self, path: str) -> None:
-        self.session.restore(Path(_unquoted(path, "/load")).expanduser())
+        self.session.restore(user_path(_unquoted(path, "/load")))
         turns = sum(message["role"] == "user" for message in self.session.messages)
         _say(f"{turns} turn{'s' * (turns != 1)} loaded.")
 

@@ -67,6 +67,8 @@ def convert(
     from ..convert import convert_checkpoint, plan_conversion, upload_checkpoint
 
     width = _chosen_bits(q4, q8, bits, dequantize, quantize)
+    if (source and hf_path) or (out and mlx_path):
+        raise typer.BadParameter("give SOURCE and OUT once, by position or as --hf-path and --mlx-path")
     source = source or hf_path or OFFICIAL
     settings = {
         "bits": width,

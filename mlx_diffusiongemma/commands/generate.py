@@ -58,6 +58,10 @@ def generate(
             "A denoising step's temperature follows the checkpoint's schedule (0.8 falling to 0.4), so --temp has no "
             "meaning here; leave it out, or change how much is accepted per step with --entropy-bound."
         )
+    if raw and (image or system or thinking):
+        raise typer.BadParameter("--raw has no chat for --image, --system or --thinking")
+    if prompt is not None and prompt_option is not None:
+        raise typer.BadParameter("give the prompt once, as PROMPT or with --prompt")
     text = _prompt_text(prompt if prompt is not None else prompt_option)
     if mode not in MODES:
         raise typer.BadParameter(f"{mode!r} is none of {', '.join(MODES)}", param_hint="--mode")

@@ -28,12 +28,29 @@ class Reading(NamedTuple):
     soft_embedding: mx.array | None
 
 
-def embedding_rows(embedding: nn.Embedding | nn.QuantizedEmbedding, index: slice | mx.array) -> nn.Module:
+def embedding_rows(embedding: nn.Embedding | nn.QuantizedEmbedding, index: mx.array) -> nn.Module:
     """The embedding of some tokens, as an embedding."""
     part = copy(embedding)
     for name, array in embedding.parameters().items():
         part[name] = mx.contiguous(array[index])
     return part
+
+
+def embedding_blocks(embedding: nn.Embedding | nn.QuantizedEmbedding, length: int) -> list[nn.Module]:
+    """The embedding in blocks of `length` tokens: views of its arrays, made once and kept with it.
+
+    Evaluated views are used where they lie; slicing anew would copy the whole embedding at every step.
+    """
+    weight, kept_length, blocks = embedding.get("_blocks", (None, 0, []))
+    if weight is not embedding.weight or kept_length != length:
+        blocks = []
+        for start in range(0, embedding.weight.shape[0], length):
+            block = copy(embedding)
+            block.update({name: array[start : start + length] for name, array in embedding.parameters().items()})
+            blocks.append(block)
+        mx.async_eval([block.parameters() for block in blocks])
+        embedding._blocks = (embedding.weight, length, blocks)
+    return blocks
 
 
 def embedding_scale(embedding: nn.Module, hidden_size: int) -> mx.array:
@@ -139,8 +156,8 @@ def read(
     length = block_length(rows.shape[0], vocabulary)
     cap, temperature = mx.array(cap), mx.array(temperature, mx.float32)
     total = _Total()
-    for start in range(0, vocabulary, length):
-        block = embedding_rows(embedding, slice(start, min(start + length, vocabulary)))
+    for number, block in enumerate(embedding_blocks(embedding, length)):
+        start = number * length
         total.add(block, _process(block.as_linear(rows), cap, temperature), start, condition=key is not None)
         # One block after the other: evaluated together, all blocks would be alive at once.
         rows = mx.depends(rows, total.state)
