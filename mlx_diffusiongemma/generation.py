@@ -155,7 +155,9 @@ class _Batch:
     ):
         self.model, self.processor, self.prompts, self.options = model, processor, prompts, options
         self.kept = cache
-        if cache is not None and (cache.config != model.config.text or len(cache.labels) != cache.offset):
+        if cache is not None and (
+            cache.config != model.config.text or cache.padding is not None or len(cache.labels) != cache.offset
+        ):
             raise PromptError("This cache holds a batch, or prompts of another model; give one of model.make_cache().")
         self.canvas = canvas or Canvas([])
         self.canvas.check(model.config.text.vocab_size)

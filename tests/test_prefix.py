@@ -177,7 +177,10 @@ def test_a_cache_of_something_else_is_refused(demo):
     batch = model.make_cache()
     model.encode(mx.array([[2, 5], [2, 6]]), batch)
     other = ours.build(Case("other", "SF", prompt=1, canvas=CANVAS)).make_cache()
-    for cache in (batch, other):
+    padded = model.make_cache()
+    model.encode(mx.array([[2, 5, 6, 0]]), padded, lengths=[3])
+    assert not padded.labels
+    for cache in (batch, other, padded):
         with pytest.raises(PromptError, match="make_cache"):
             stream(model, processor, "sort 31", cache=cache)
 

@@ -157,8 +157,8 @@ class Cache:
     """The encoded prefix of a batch of B rows, which can go back to what it was.
 
     offset: tokens encoded so far, padding included. padding: per row, how many of the first tokens are padding
-    (a ragged batch is aligned at its end), or None. labels: what each token is, where there is one row, and nothing
-    for a batch. snapshot_bytes: what snapshots may take; the oldest are dropped.
+    (a ragged batch is aligned at its end), or None. labels: what each token is, where there is one row without
+    padding, and nothing for any other. snapshot_bytes: what snapshots may take; the oldest are dropped.
     """
 
     def __init__(self, config: TextConfig, keep: int, snapshot_bytes: int = SNAPSHOT_BYTES):

@@ -164,9 +164,10 @@ class DiffusionGemma(nn.Module):
         of the rows moved to the end where the batch is ragged. The cache is computed before each yield.
         """
         blocks = self._image_blocks(tokens, images or ())
-        labels = self.labels(tokens[0].tolist(), images or ()) if tokens.shape[0] == 1 else []
+        ids = tokens[0].tolist()
         if lengths is not None:
             tokens = self._align(tokens, cache, lengths)
+        labels = self.labels(ids, images or ()) if tokens.shape[0] == 1 and cache.padding is None else []
         features = iter([self.encode_image(image) for image in images or ()])
         for start, stop in chunk_bounds(tokens.shape[1], blocks):
             inside = [(first - start, last - start) for first, last in blocks if start <= first < stop]
