@@ -70,7 +70,8 @@ def infill(
     """
     settings = request_options(model, options)
     parts = _checked(parts, longest_gap(settings.canvas_length))
-    segments = [_segment(processor, part, exact or part is parts[-1]) for part in parts]
+    last = len(parts) - 1
+    segments = [_segment(processor, part, exact or place == last) for place, part in enumerate(parts)]
     if instruction is None:
         lead = parts[0] if isinstance(parts[0], str) else ""
         prompt = processor.raw_prompt("")

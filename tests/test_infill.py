@@ -56,6 +56,12 @@ def test_the_lengths_tried_and_their_scores_are_told(demo):
     assert exact.holes == ["defg"] and [attempt.lengths for attempt in exact.attempts] == [(4,)]
 
 
+def test_a_hole_given_twice_is_searched_in_each_place(demo):
+    hole = Hole(3)
+    result = infill(*demo, ["abc", hole, "ghi", hole], "reverse jihgfedcba", FEW)
+    assert [attempt.lengths[0] for attempt in result.attempts] == [1, 2, 3]
+
+
 def test_a_draft_is_what_the_hole_starts_from(demo):
     parts = ["abc", Hole(4, draft="defg"), "hij"]
     result = infill(*demo, parts, "reverse jihgfedcba", GenerationOptions(seed=0), exact=True)
