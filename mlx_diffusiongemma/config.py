@@ -95,7 +95,7 @@ class VisionConfig:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> VisionConfig:
-        theta = (config.get("rope_parameters") or {}).get("rope_theta", 100.0)
+        theta = _check_object(config.get("rope_parameters") or {}, "vision_config.rope_parameters").get("rope_theta")
         return cls(**_plain_values(cls, {**config, "rope_theta": theta}, "vision_config"))
 
 
@@ -113,22 +113,29 @@ class Quantization:
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Quantization:
         """Read a `quantization` object of config.json. Raises CheckpointError."""
-        _check_object(config, "quantization")
-        try:
-            group_size, bits = int(config["group_size"]), int(config["bits"])
-        except (KeyError, TypeError, ValueError):
-            raise CheckpointError(
-                "config.json: `quantization` needs whole numbers for group_size and bits; convert the checkpoint again."
-            ) from None
+        default = cls._settings(_check_object(config, "quantization"), "quantization")
         overrides: dict[str, Quantization | None] = {}
         for path, value in config.items():
             if isinstance(value, dict):
                 # An override without a mode is affine, whatever the default mode is.
-                merged = {"group_size": group_size, "bits": bits, **value}
-                overrides[path] = cls(int(merged["group_size"]), int(merged["bits"]), merged.get("mode", "affine"))
+                merged = {"group_size": default.group_size, "bits": default.bits, **value}
+                overrides[path] = cls._settings(merged, path)
             elif value is False:
                 overrides[path] = None
-        return cls(group_size, bits, config.get("mode", "affine"), overrides)
+        return replace(default, overrides=overrides)
+
+    @classmethod
+    def _settings(cls, config: dict[str, Any], where: str) -> Quantization:
+        try:
+            group_size, bits, mode = int(config["group_size"]), int(config["bits"]), config.get("mode", "affine")
+        except (KeyError, TypeError, ValueError, OverflowError):
+            group_size = bits = mode = None
+        if not isinstance(mode, str) or group_size < 1 or bits < 1:
+            raise CheckpointError(
+                f"config.json: `{where}` needs whole numbers for group_size and bits, and a mode by name; "
+                "convert the checkpoint again."
+            )
+        return cls(group_size, bits, mode)
 
     def for_module(self, path: str) -> Quantization | None:
         """The settings of the module at `path`; None where it is named as not quantized."""
@@ -239,9 +246,10 @@ class GenerationOptions:
         config = read_json(directory / "config.json")
         path = directory / "generation_config.json"
         generation = read_json(path) if path.exists() else config.get("generation_config") or {}
-        declared = [config, config.get("text_config") or {}, config.get("generation_config") or {}, generation]
-        end_tokens = sorted({token for source in declared for token in _as_list(source.get("eos_token_id"))})
-        sampler = generation.get("sampler_config") or {}
+        inside = [_check_object(config.get(name) or {}, name) for name in ("text_config", "generation_config")]
+        declared = [config, *inside, generation]
+        end_tokens = sorted({token for source in declared for token in _token_ids(source.get("eos_token_id"))})
+        sampler = _check_object(generation.get("sampler_config") or {}, "sampler_config", path.name)
         settings = {
             "max_steps": generation.get("max_denoising_steps"),
             "entropy_bound": sampler.get("entropy_bound"),
@@ -293,13 +301,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def _layers(config: dict[str, Any]) -> tuple[LayerConfig, ...]:
     """Every layer's kind and head shapes, from either spelling (`__post_init__` of DiffusionGemmaTextConfig)."""
     _require(config, {"num_hidden_layers", "head_dim", "num_key_value_heads"}, "text_config")
-    count = config["num_hidden_layers"]
-    kinds = list(config.get("layer_types") or [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(count)])
-    if len(kinds) != count or set(kinds) - {SLIDING, FULL}:
+    count = _check_count(config["num_hidden_layers"], "num_hidden_layers")
+    kinds = config.get("layer_types") or [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(count)]
+    if not isinstance(kinds, list | tuple) or len(kinds) != count or not all(kind in (SLIDING, FULL) for kind in kinds):
         raise CheckpointError(
             f"config.json: layer_types must name {count} layers, each {SLIDING!r} or {FULL!r}; download it again."
         )
-    kinds[-1] = FULL  # as the reference forces it
+    kinds = [*kinds[:-1], FULL]  # as the reference forces it
     shape = {"head_dim": config["head_dim"], "num_key_value_heads": config["num_key_value_heads"]}
     per_layer = config.get("per_layer_config")
     if per_layer is not None:
@@ -315,7 +323,7 @@ def _layers(config: dict[str, Any]) -> tuple[LayerConfig, ...]:
     layers = []
     for i, kind in enumerate(kinds):
         override = {name: overrides.get(i, {}).get(name, shape[name]) for name in shape}
-        layers.append(LayerConfig(kind, **override))
+        layers.append(LayerConfig(kind, **{name: _check_count(value, name) for name, value in override.items()}))
     return tuple(layers)
 
 
@@ -324,16 +332,24 @@ def _rope_parameters(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     given = _check_object(config.get("rope_parameters") or {}, "rope_parameters")
     parameters = {kind: {**DEFAULT_ROPE[kind], **_check_object(given.get(kind) or {}, kind)} for kind in DEFAULT_ROPE}
     for kind, rope in parameters.items():
-        if not isinstance(rope["rope_theta"], int | float) or rope["rope_type"] not in ("default", "proportional"):
+        theta, share = rope["rope_theta"], rope.get("partial_rotary_factor", 1.0)
+        understood = isinstance(theta, int | float) and isinstance(share, int | float) and theta > 0 and 0 < share <= 1
+        if not understood or rope["rope_type"] not in ("default", "proportional"):
             raise CheckpointError(
                 f"config.json: the rope_parameters of {kind} layers are not understood; download it again."
             )
     return parameters
 
 
-def _check_object(value: Any, where: str) -> dict[str, Any]:
+def _check_object(value: Any, where: str, file: str = "config.json") -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise CheckpointError(f"config.json: {where} must be an object, not {value!r}; download it again.")
+        raise CheckpointError(f"{file}: {where} must be an object, not {value!r}; download it again.")
+    return value
+
+
+def _check_count(value: Any, name: str) -> int:
+    if not _is_whole(value, 1):
+        raise CheckpointError(f"config.json: {name} is {value!r}, not a whole number above 0; download it again.")
     return value
 
 
@@ -345,7 +361,8 @@ def _plain_values(cls: type, config: dict[str, Any], where: str) -> dict[str, An
     values = {f.name: config[f.name] for f in plain if config.get(f.name) is not None}
     for f in plain:
         value = values.get(f.name, 1)
-        if f.name in values and not isinstance(value, kinds[f.type]):
+        is_flag = f.type == "bool"
+        if f.name in values and (not isinstance(value, kinds[f.type]) or isinstance(value, bool) != is_flag):
             raise CheckpointError(f"config.json: {f.name} is {value!r}; download it again.")
         if f.type == "int" and value < (0 if f.name.endswith("_id") else 1):
             raise CheckpointError(f"config.json: {f.name} is {value}; download it again.")
@@ -358,10 +375,12 @@ def _require(config: dict[str, Any], names: set[str], where: str) -> None:
         raise CheckpointError(f"{where} lacks {', '.join(missing)}; give the configuration of a whole checkpoint.")
 
 
-def _as_list(value: int | list[int] | None) -> list[int]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list) else [value]
+def _token_ids(value: Any) -> list[int]:
+    """The ids in an `eos_token_id`: one, a list of them, or nothing. Raises CheckpointError."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(_is_whole(token, 0) for token in ids):
+        raise CheckpointError(f"The checkpoint's eos_token_id is {value!r}, not token ids; download it again.")
+    return ids
 
 
 def check_seed(seed: int | None) -> None:

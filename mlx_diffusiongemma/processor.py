@@ -63,6 +63,10 @@ class Processor:
             if not settings and (directory / name).exists():
                 content = read_json(directory / name)
                 settings = content.get("image_processor") or content
+                if not isinstance(settings, dict) or not isinstance(settings.get("max_soft_tokens") or 280, int):
+                    raise CheckpointError(
+                        f"{directory / name} does not hold image settings that can be read; download it again."
+                    )
         return cls(_load_tokenizer(directory), config, settings.get("max_soft_tokens") or 280)
 
     def prompt(

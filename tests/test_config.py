@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import DEMO
 
-from mlx_diffusiongemma import CheckpointError, GenerationOptions, ModelConfig
+from mlx_diffusiongemma import CheckpointError, GenerationOptions, ModelConfig, Processor
 from mlx_diffusiongemma.config import FULL, SLIDING, Quantization
 
 HUB = json.loads((DEMO / "config.json").read_text())
@@ -85,6 +85,17 @@ def test_defaults_and_unknown_keys():
         ({**HUB, "quantization": {"bits": 4}}, "group_size"),
         ({**HUB, "quantization": [4]}, "quantization"),
         ({**HUB, "canvas_length": -5}, "canvas_length"),
+        ({**HUB, "canvas_length": True}, "canvas_length"),
+        ({**HUB, "quantization": {"group_size": 32, "bits": 4, "lm_head": {"bits": "four"}}}, "lm_head"),
+        ({**HUB, "quantization": {"group_size": 32, "bits": 4, "mode": 5}}, "mode by name"),
+        ({**HUB, "vision_config": {**HUB["vision_config"], "rope_parameters": 5}}, "vision_config.rope_parameters"),
+        ({**HUB, "vision_config": {**HUB["vision_config"], "head_dim": "x"}}, "head_dim"),
+        (changed(layer_types=5), "must name 6 layers"),
+        (changed(layer_types=[{}] * 6), "must name 6 layers"),
+        (changed(num_hidden_layers=0, layer_types=[]), "num_hidden_layers is 0"),
+        (changed(head_dim="x"), "head_dim is 'x'"),
+        (changed(global_head_dim="x"), "head_dim is 'x'"),
+        (changed(rope_parameters={FULL: {"partial_rotary_factor": "x"}}), "rope_parameters of full_attention"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(config, sentence):
@@ -107,3 +118,28 @@ def test_a_checkpoints_options_are_its_own_and_end_tokens_are_the_union(tmp_path
     (tmp_path / "generation_config.json").write_text('{"t_max": "hot"}')
     with pytest.raises(CheckpointError, match="t_max"):
         GenerationOptions.from_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "sentence"),
+    [
+        ({"eos_token_id": [1, "a"]}, {}, "eos_token_id"),
+        ({"eos_token_id": {}}, {}, "eos_token_id"),
+        ({"text_config": 5}, {}, "text_config"),
+        ({"generation_config": 5}, {}, "generation_config"),
+        ({}, {"sampler_config": 5}, "generation_config.json: sampler_config"),
+        ({}, {"t_max": 0, "t_min": 0}, "t_max must be above 0"),
+    ],
+)
+def test_damaged_options_of_a_checkpoint_are_said_in_one_sentence(tmp_path, config, generation, sentence):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    with pytest.raises(CheckpointError, match=sentence):
+        GenerationOptions.from_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("settings", [5, {"max_soft_tokens": "x"}])
+def test_damaged_image_settings_are_said_in_one_sentence(tmp_path, settings):
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    with pytest.raises(CheckpointError, match="image settings"):
+        Processor.from_directory(tmp_path, ModelConfig.from_dict(HUB))
