@@ -75,7 +75,8 @@ def _left_out(noise: list[int], opening: list[int], own: list[int], place: int) 
 
 
 def _check(options: Sequence[str], canvases: int) -> None:
-    if isinstance(options, str) or not all(isinstance(option, str) and option for option in options):
+    is_list = isinstance(options, Sequence) and not isinstance(options, str)
+    if not is_list or not all(isinstance(option, str) and option for option in options):
         raise PromptError("`options` is a list of texts, none of them empty.")
     if len(options) < 2:
         raise PromptError("There is nothing to choose from; give at least two options.")

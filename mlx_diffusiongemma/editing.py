@@ -50,14 +50,21 @@ def edit(
     shorter and longer ones are tried, as in `infill`.
     Raises PromptError.
     """
+    if not isinstance(text, str):
+        raise PromptError(f"What to edit is a text, not a {type(text).__name__}.")
+    is_pair = isinstance(span, Sequence) and len(span) == 2
+    if not is_pair or not all(isinstance(place, int) and not isinstance(place, bool) for place in span):
+        raise PromptError(
+            f"The span is {span!r}; give two whole numbers, the first character and the one after the last."
+        )
     start, stop = span
     if not 0 <= start < stop <= len(text):
         raise PromptError(
             f"The span {start}:{stop} does not lie in the text, which has {len(text)} characters; give a first one and "
             "the one after the last."
         )
-    if not 0 <= strength <= 1:
-        raise PromptError(f"strength is {strength}; give 0 (keep) to 1 (from noise).")
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
+        raise PromptError(f"strength is {strength!r}; give 0 (keep) to 1 (from noise).")
     if strength == 0:
         return Edited(text)
     settings = request_options(model, options)

@@ -79,6 +79,8 @@ def fill(
     its own. Every option of a Choice, and several lengths of the other fields, are tried as `infill` tries lengths.
     Raises PromptError.
     """
+    if not isinstance(template, str) or not isinstance(fields, Mapping):
+        raise PromptError("A form takes a template, which is a text, and its fields by name: {name: field}.")
     settings = request_options(model, options)
     pieces = PLACE.split(template)  # text, name, text, …, text
     names = pieces[1::2]
@@ -120,14 +122,26 @@ def _check(names: list[str], fields: Mapping[str, Field]) -> None:
         if name not in names:
             raise PromptError(f"The template has no field {name!r}; write {{{{{name}}}}} where it belongs.")
         match own:
-            case Choice(options) if isinstance(options, str) or not options or len(set(options)) < len(options):
+            case Choice(options) if isinstance(options, str) or not isinstance(options, Sequence) or not options:
                 raise PromptError(f"The field {name!r} needs a list of different options.")
             case Choice(options) if not all(isinstance(option, str) and option for option in options):
                 raise PromptError(f"The options of the field {name!r} are texts, none of them empty.")
+            case Choice(options) if len(set(options)) < len(options):
+                raise PromptError(f"The field {name!r} needs a list of different options.")
+            case Digits(most, least) if not (isinstance(most, int) and isinstance(least, int)):
+                raise PromptError(f"The field {name!r} asks for {least!r} to {most!r} digits; give whole numbers.")
             case Digits(most, least) if not 1 <= least <= most:
                 raise PromptError(f"The field {name!r} asks for {least} to {most} digits; give at least one.")
-            case Text(tokens) if tokens < 1:
-                raise PromptError(f"The field {name!r} has room for {tokens} tokens; give at least one.")
+            case Text(tokens) if not isinstance(tokens, int) or tokens < 1:
+                raise PromptError(
+                    f"The field {name!r} has room for {tokens!r} tokens; give a whole number, at least one."
+                )
+            case Text(_, without) if not isinstance(without, str):
+                raise PromptError(f"The field {name!r} goes without {without!r}; give the characters as a text.")
+            case Choice() | Digits() | Text():
+                pass
+            case _:
+                raise PromptError(f"The field {name!r} is {own!r}; give a Choice, Digits or Text.")
 
 
 def _gap(processor: Processor, name: str, own: Field) -> Gap:

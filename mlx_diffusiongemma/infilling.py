@@ -102,7 +102,8 @@ def reply_ending(processor: Processor, is_reply: bool) -> list[int]:
 
 
 def _checked(parts: Sequence[str | Hole], longest: int) -> list[str | Hole]:
-    if isinstance(parts, str) or not all(isinstance(part, str | Hole) for part in parts):
+    is_list = isinstance(parts, Sequence) and not isinstance(parts, str)
+    if not is_list or not all(isinstance(part, str | Hole) for part in parts):
         raise PromptError("`parts` is a list of texts and Holes.")
     holes = [part for part in parts if isinstance(part, Hole)]
     if not holes:
@@ -110,6 +111,8 @@ def _checked(parts: Sequence[str | Hole], longest: int) -> list[str | Hole]:
     for hole in holes:
         if isinstance(hole.tokens, bool) or not isinstance(hole.tokens, int) or not 1 <= hole.tokens <= longest:
             raise PromptError(f"A hole takes 1 to {longest} tokens, not {hole.tokens!r}.")
+        if not isinstance(hole.draft, str | None):
+            raise PromptError(f"A hole's draft is a text, not {hole.draft!r}.")
     return [part for part in parts if part != ""]
 
 

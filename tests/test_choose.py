@@ -99,6 +99,8 @@ def test_the_mean_is_of_probabilities():
         (["yes", ""], 4, "none of them empty"),
         ("yes", 4, "list of texts"),
         (["yes", 5], 4, "list of texts"),
+        (5, 4, "list of texts"),
+        ({"yes", "no"}, 4, "list of texts"),
         (["yes", "no"], 0, "canvases is 0"),
         (["yes", "n" * 64], 4, "more than 31 tokens"),
     ],

@@ -70,12 +70,22 @@ def test_the_diff_is_one_that_patch_understands(tmp_path, before, after):
         ((-1, 3), 0.7, "does not lie in the text"),
         ((0, 3), 1.5, "strength is 1.5"),
         ((0, 3), float("nan"), "strength is nan"),
+        ((0, 3), "a", "strength is 'a'"),
+        (5, 0.7, "The span is 5"),
+        ((0, 1, 2), 0.7, "two whole numbers"),
+        ((0, 1.5), 0.7, "two whole numbers"),
+        ("ab", 0.7, "two whole numbers"),
         ((0, 60), 0.7, "has 60 tokens; at most 48"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(demo, span, strength, message):
     with pytest.raises(PromptError, match=message):
         edit(*demo, "x" * 80, span, "make it async", strength=strength)
+
+
+def test_only_texts_are_edited(demo):
+    with pytest.raises(PromptError, match="not a int"):
+        edit(*demo, 5, (0, 1), "make it async")
 
 
 def run(demo_float32, *arguments):

@@ -130,6 +130,8 @@ def test_a_row_is_laid_out_with_its_ending():
         ([], "no hole"),
         ("a", "list of texts"),
         (["a", 5, Hole(1)], "list of texts"),
+        (5, "list of texts"),
+        (["a", Hole(1, draft=5)], "draft is a text, not 5"),
         (["a" * 5000, Hole(4), "b"], "fit this model's context"),
         (["a\ud800", Hole(4)], "not valid Unicode"),
     ],
