@@ -343,7 +343,10 @@ class _Row:
         elif full or out_of_context:
             self.finish_reason = "length"
         if self.finish_reason and not stopped:
-            parts += self.stops.rest(self.parser.finish())
+            last, stopped = self.stops.rest(self.parser.finish())
+            parts += last
+            if stopped:
+                self.finish_reason = "stop"
         parts = merge([part for part in parts if part[1]])
         self.parts += parts
         self.tokens += tokens

@@ -25,17 +25,27 @@ class StopStrings:
                     return tokens[:count], parts, True
         return tokens, parts, False
 
-    def rest(self, parts: list[Part]) -> list[Part]:
-        """The reply's last parts, after what was held back."""
+    def rest(self, last: list[Part]) -> tuple[list[Part], bool]:
+        """What was held back and the reply's last parts, up to a stop string, and whether one was found."""
+        if not self.stops:
+            return last, False
+        parts: list[Part] = []
+        for part in last:
+            if self._extend(parts, part):
+                return parts, True
+        return parts + self._flush(), False
+
+    def _flush(self) -> list[Part]:
+        """What was held back: no stop string comes of it any more."""
         held = [("text", self.held)] if self.held else []
         self.held = ""
-        return held + parts
+        return held
 
     def _extend(self, parts: list[Part], part: Part) -> bool:
         """Append a part; True where a stop string was completed."""
         kind, text = part
         if kind != "text":
-            parts += [*self.rest([]), part]
+            parts += [*self._flush(), part]
             return False
         text = self.held + text
         found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]

@@ -5,10 +5,12 @@ import random
 import re
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
+from scripted import END, ByteProcessor, ScriptedModel
 from templates import demo_processor
 
-from mlx_diffusiongemma import Prompt, ToolCall
+from mlx_diffusiongemma import GenerationOptions, Prompt, ToolCall, generate
 from mlx_diffusiongemma.replies import MARKERS, reply_from_parts
 from mlx_diffusiongemma.tools import parse_tool_calls
 
@@ -24,6 +26,27 @@ def processor():
 
 def ids(processor, text):
     return processor.tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize(("stop", "text"), [("<", "AB"), ("B<", "A"), (("x", "<"), "AB"), ("<|", "AB<")])
+def test_stop_strings_are_found_in_what_the_parser_holds_back(processor, stop, text, full):
+    """Until the reply is over, a `<` at its end could begin a marker."""
+
+    class Processor(ByteProcessor):
+        draft_text = processor.draft_text
+
+        def reply_parser(self, prompt=None):
+            return processor.reply_parser()
+
+    written = ids(processor, "AB<")
+    canvas = (written * 3 if full else [*written, *[END] * 8])[:8]
+    model = ScriptedModel([30.0 * (mx.arange(400) == mx.array(canvas)[:, None])[None].astype(mx.float32)], 8)
+    model.config.text.vocab_size = 400
+    options = GenerationOptions(stop=stop, max_tokens=len(written))
+    result = generate(model, Processor(), "q", options=options)
+    assert result.text == text
+    assert result.finish_reason == ("length" if full and stop == "<|" else "stop")
 
 
 def read(processor, text):
