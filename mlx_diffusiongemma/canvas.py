@@ -12,7 +12,8 @@ from .errors import CanvasError
 class Canvas:
     """Starting tokens (None: noise) and which of them are pinned: read by the model, never changed.
 
-    One longer than a canvas goes on in the next ones; positions it does not name start as noise.
+    One longer than a canvas goes on in the next ones; positions it does not name start as noise. The reply ends at the
+    first end token: text after it is left out, pinned or not, so one that comes before a pin cuts the pin off.
     Raises CanvasError where a pinned position has no token or the lengths differ.
     """
 

@@ -162,6 +162,11 @@ def test_pinned_positions_never_change_and_take_no_part_in_stopping():
     assert (mx.concatenate(model.canvases)[:, 1] == ord("Z")).all()
 
 
+def test_an_end_token_cuts_off_what_is_pinned_after_it():
+    canvas = Canvas([ord("h"), END, ord("x")], pinned=[True] * 3)
+    assert generate(scripted(sure("abcdef", LENGTH)), ByteProcessor(), "q", canvas=canvas).text == "h"
+
+
 def test_a_starting_canvas_is_used_and_noise_fills_the_rest():
     model = scripted(sure("ok", LENGTH))
     generate(model, ByteProcessor(), "q", canvas=Canvas([65, None, 67]), seed=5)
