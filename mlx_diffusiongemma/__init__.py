@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from .choosing import choose
     from .config import GenerationOptions, ModelConfig, Quantization
     from .editing import Edited, edit
-    from .errors import CanvasError, CheckpointError, DiffusionGemmaError, PromptError
+    from .errors import (
+        CanvasError,
+        CheckpointError,
+        DiffusionGemmaError,
+        MemoryWarning,
+        MissingBackendError,
+        PromptError,
+    )
     from .events import Commit, Done, Draft, Event, Prefill, Reply, Result, Stats, ToolCall
     from .filling import Choice, Digits, Form, Text, fill
     from .gap_filling import Attempt
@@ -31,7 +38,14 @@ _HOMES = {
     "choosing": ("choose",),
     "config": ("GenerationOptions", "ModelConfig", "Quantization"),
     "editing": ("Edited", "edit"),
-    "errors": ("CanvasError", "CheckpointError", "DiffusionGemmaError", "PromptError"),
+    "errors": (
+        "CanvasError",
+        "CheckpointError",
+        "DiffusionGemmaError",
+        "MemoryWarning",
+        "MissingBackendError",
+        "PromptError",
+    ),
     "events": ("Commit", "Done", "Draft", "Event", "Prefill", "Reply", "Result", "Stats", "ToolCall"),
     "filling": ("Choice", "Digits", "Form", "Text", "fill"),
     "gap_filling": ("Attempt",),

@@ -6,6 +6,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import mlx_diffusiongemma
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mlx_diffusiongemma"
 
@@ -91,7 +93,10 @@ def test_the_import_is_silent_and_light():
 
 
 def test_everything_exported_can_be_imported():
-    import mlx_diffusiongemma
-
     for name in mlx_diffusiongemma.__all__:
         assert getattr(mlx_diffusiongemma, name) is not None
+
+
+def test_every_error_can_be_imported_from_the_package():
+    errors = ast.parse((PACKAGE / "errors.py").read_text())
+    assert {node.name for node in errors.body if isinstance(node, ast.ClassDef)} <= set(mlx_diffusiongemma.__all__)
