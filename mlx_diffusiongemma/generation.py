@@ -74,10 +74,21 @@ def generate(
     cancel: threading.Event | None = None,
 ) -> Result:
     """`stream`, to the end: the whole reply."""
-    prepared = processor.prompt(prompt, images=images, tools=tools, thinking=thinking)
-    settings = request_options(model, options, max_tokens, seed)
-    batch = _Batch(model, processor, [prepared], settings, canvas=canvas, cache=cache, cancel=cancel)
-    return collect(event for _, event in batch.run())
+    events = stream(
+        model,
+        processor,
+        prompt,
+        images=images,
+        tools=tools,
+        thinking=thinking,
+        canvas=canvas,
+        options=options,
+        cache=cache,
+        max_tokens=max_tokens,
+        seed=seed,
+        cancel=cancel,
+    )
+    return collect(events)
 
 
 def collect(events: Iterable[Event]) -> Result:
