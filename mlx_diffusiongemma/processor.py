@@ -235,6 +235,7 @@ def _load_tokenizer(directory: Path) -> TokenizerWrapper:
         raise CheckpointError(
             f"{directory} has no tokenizer.json and no tokenizer.model; download the whole checkpoint."
         )
+    from huggingface_hub.errors import StrictDataclassError
     from mlx_lm.tokenizer_utils import load
 
     extra = {"trust_remote_code": False}  # or Transformers asks at the terminal
@@ -244,7 +245,8 @@ def _load_tokenizer(directory: Path) -> TokenizerWrapper:
         with tempfile.TemporaryDirectory() as folder:
             _convert_sentencepiece(directory, Path(folder))
             return load(Path(folder), extra)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+    # Transformers reads config.json as well, and checks fields in it that nothing here uses.
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise CheckpointError(f"{directory}: the tokenizer cannot be read ({reason}); download it again.") from None
 

@@ -143,3 +143,12 @@ def test_damaged_image_settings_are_said_in_one_sentence(tmp_path, settings):
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
     with pytest.raises(CheckpointError, match="image settings"):
         Processor.from_directory(tmp_path, ModelConfig.from_dict(HUB))
+
+
+def test_a_field_that_only_transformers_reads_is_said_in_one_sentence(tmp_path):
+    for file in DEMO.iterdir():
+        (tmp_path / file.name).symlink_to(file.resolve())
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(changed(initializer_range="x")))
+    with pytest.raises(CheckpointError, match="initializer_range"):
+        Processor.from_directory(tmp_path, ModelConfig.from_dict(HUB))
