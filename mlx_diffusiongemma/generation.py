@@ -220,7 +220,7 @@ class _Batch:
             [prompt.tokens + [0] * (longest - n) for prompt, n in zip(self.prompts, lengths, strict=True)]
         )
         ragged = lengths if min(lengths) < longest else None
-        for done, _ in self.model.encode_chunks(padded, cache, self.prompts[0].images, ragged):
+        for done in self.model.encode_chunks(padded, cache, self.prompts[0].images, ragged):
             for index, total in enumerate(lengths):
                 yield index, Prefill(max(done - (longest - total), 0), total)
             if self.cancelled():

@@ -34,7 +34,7 @@ def encode_prompt(model: DiffusionGemma, cache: Cache, prompt: Prompt) -> Iterat
         start = cache.offset
         if start < stop:
             images = [image for image, (first, _) in zip(prompt.images, blocks, strict=True) if start <= first < stop]
-            for done, _ in model.encode_chunks(mx.array([prompt.tokens[start:stop]]), cache, images):
+            for done in model.encode_chunks(mx.array([prompt.tokens[start:stop]]), cache, images):
                 yield start + done
             cache.snapshot()
     cache.snapshot()

@@ -63,7 +63,8 @@ class ScriptedModel:
         return mx.zeros((*tokens.shape, 1))
 
     def encode_chunks(self, tokens, cache, images=None, lengths=None):
-        yield tokens.shape[1], self.encode(tokens, cache)
+        self.encode(tokens, cache)
+        yield tokens.shape[1]
 
     def denoise(self, canvas, cache, self_conditioning=None):
         step = len(self.canvases)

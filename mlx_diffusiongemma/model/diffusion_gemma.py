@@ -150,7 +150,7 @@ class DiffusionGemma(nn.Module):
         ordinary one. lengths: real tokens of each row of a ragged batch, whose rows are filled up at their ends; only
         the first call on an empty cache can be ragged. Long prompts are encoded in chunks of PREFILL_CHUNK.
         """
-        hidden = mx.concatenate([chunk for _, chunk in self.encode_chunks(tokens, cache, images, lengths)], axis=1)
+        hidden = mx.concatenate([chunk for _, chunk in self._chunks(tokens, cache, images, lengths)], axis=1)
         return _shift_rows(hidden, [n - tokens.shape[1] for n in lengths]) if lengths else hidden
 
     def encode_chunks(
@@ -159,9 +159,21 @@ class DiffusionGemma(nn.Module):
         cache: Cache,
         images: Sequence[Image] | None = None,
         lengths: list[int] | None = None,
+    ) -> Iterator[int]:
+        """`encode`, a chunk at a time: yields how many tokens are done. The cache is computed before each yield."""
+        for done, hidden in self._chunks(tokens, cache, images, lengths):
+            del hidden  # it is not computed, and holds the last layer's buffer, which could not be written in place
+            yield done
+
+    def _chunks(
+        self,
+        tokens: mx.array,
+        cache: Cache,
+        images: Sequence[Image] | None,
+        lengths: list[int] | None,
     ) -> Iterator[tuple[int, mx.array]]:
-        """`encode`, a chunk at a time: yields how many tokens are done and the chunk's hidden states, which are those
-        of the rows moved to the end where the batch is ragged. The cache is computed before each yield.
+        """How many tokens are done and the chunk's hidden states, which are those of the rows moved to the end where
+        the batch is ragged.
         """
         blocks = self._image_blocks(tokens, images or ())
         ids = tokens[0].tolist()
@@ -175,10 +187,10 @@ class DiffusionGemma(nn.Module):
             for first, last in inside:
                 x[:, first:last] = next(features).astype(x.dtype)
             with cache.writing():
-                hidden = self._encode(x, cache, inside)
+                hidden = [self._encode(x, cache, inside)]  # what is yielded is the caller's alone
                 cache.evaluate()
                 cache.labels += labels[start:stop]
-            yield stop, hidden
+            yield stop, hidden.pop()
 
     def labels(self, tokens: list[int], images: Sequence[Image] = ()) -> list[Label]:
         """What a cache remembers of a prompt's tokens: their ids, and for an image's tokens its digest."""

@@ -106,7 +106,7 @@ def check_long_prompt(tokens: int, failures: Failures) -> None:
     cache, beside, started = model.make_cache(), [], time.perf_counter()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    for done, _ in model.encode_chunks(prompt, cache):
+    for done in model.encode_chunks(prompt, cache):
         beside.append((mx.get_peak_memory() - before - 2 * cache.nbytes) / 1e6)
         mx.reset_peak_memory()
         if len(beside) % 10 == 0:
