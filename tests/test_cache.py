@@ -5,11 +5,13 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from convert_data import true_config
 from golden import ours
 from golden.cases import WINDOW, Case
 
+from mlx_diffusiongemma.config import ModelConfig
 from mlx_diffusiongemma.model import diffusion_gemma, layers
-from mlx_diffusiongemma.model.cache import Cache
+from mlx_diffusiongemma.model.cache import SNAPSHOT_BYTES, Cache
 from mlx_diffusiongemma.model.diffusion_gemma import DiffusionGemma
 
 CANVAS = 16
@@ -259,6 +261,15 @@ def test_trimming_is_exact(model, count, trimmed):
     for each in (cache, fresh):
         model.encode(tokens(WINDOW + 1, 5), each)
     assert_same(canvas_states(model, cache), canvas_states(model, fresh))
+
+
+def test_by_default_one_snapshot_of_the_published_model_is_kept():
+    config = ModelConfig.from_dict(true_config())
+    cache = Cache(config.text, config.canvas_length)
+    for layer, shape in zip(cache.layers, config.text.layers, strict=True):
+        if layer.window is not None:  # lazy: nothing of this size is made
+            layer.append(*(mx.zeros((1, shape.num_key_value_heads, 2000, shape.head_dim), mx.bfloat16),) * 2)
+    assert cache._now().nbytes <= SNAPSHOT_BYTES < 2 * cache._now().nbytes
 
 
 def test_trimming_what_no_layer_keeps_is_refused(model):
