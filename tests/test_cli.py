@@ -144,6 +144,8 @@ def test_ctrl_c_exits_130(demo_float32, arguments, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Whoever runs the tests in the background may have it ignored, which children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     process.stdin.write("count from 17")
     process.stdin.close()
