@@ -13,7 +13,7 @@ PACKAGE = ROOT / "mlx_diffusiongemma"
 
 # Each layer may import those above it, and its own.
 LAYERS = [
-    {"errors", "paths", "config", "events", "checkpoint_files", "accounting"},
+    {"errors", "paths", "config", "events", "accounting"},
     {"model", "canvas", "sampling", "processor", "messages", "replies", "tools", "images"},
     {"loading", "memory", "denoising", "prefix", "stops"},
     {"generation", "scoring", "restricting", "gaps", "gap_filling", "modes"},
