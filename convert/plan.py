@@ -164,7 +164,7 @@ def shard_header(jobs: Iterable[Job]) -> bytes:
 
 
 MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # GiB
-ROOM = 1.04  # for what is not counted
+ROOM = 1.05  # for what is not counted
 MOST_WIRED = 0.85  # of a Mac's memory, for the GPU, with its limit raised
 
 

@@ -64,7 +64,7 @@ RECIPES = {
             "router": 8,
         },
         total_bytes=16_542_844_632,
-        macs="fits Macs from 32 GB, or 24 GB after `sudo sysctl iogpu.wired_limit_mb=17100`",
+        macs="fits Macs from 32 GB, or 24 GB after `sudo sysctl iogpu.wired_limit_mb=17300`",
     ),
     "compact": Recipe(
         summary="4-bit experts, the rest at 4 to 6: for 24 GB Macs",
@@ -73,12 +73,12 @@ RECIPES = {
             "experts": ASKED,
             "self-conditioning": 4,
             "vision projection": 4,
-            "embedding": 6,
+            "embedding": 5,
             "attention": 5,
             "dense MLP": 5,
             "router": 6,
         },
-        total_bytes=15_738_549_976,
+        total_bytes=15_646_275_288,
         macs="fits Macs from 24 GB",
     ),
     "small": Recipe(
@@ -94,7 +94,7 @@ RECIPES = {
             "router": 6,
         },
         total_bytes=12_493_571_800,
-        macs="fits Macs from 24 GB, or 16 GB after `sudo sysctl iogpu.wired_limit_mb=13100`",
+        macs="fits Macs from 24 GB, or 16 GB after `sudo sysctl iogpu.wired_limit_mb=13200`",
     ),
     "fidelity": Recipe(
         summary="8-bit experts and projections, embedding and router unquantized: fewest steps",
@@ -107,7 +107,7 @@ RECIPES = {
             "dense MLP": ASKED,
         },
         total_bytes=28_674_578_136,
-        macs="fits Macs from 48 GB, or 36 GB after `sudo sysctl iogpu.wired_limit_mb=29100`",
+        macs="fits Macs from 48 GB, or 36 GB after `sudo sysctl iogpu.wired_limit_mb=29400`",
     ),
 }
 

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from convert_data import TRUE_SHAPES, true_config, true_shapes
@@ -99,9 +100,17 @@ def test_recipes_say_what_they_come_to(name):
     assert f"{plan.total_bytes / 1e9:.1f} GB" in str(recipe)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_readme_says_what_the_recipes_say(name):
+    rows = (Path(__file__).parent.parent / "README.md").read_text().splitlines()
+    row = next(line for line in rows if line.startswith(f"| `{name}` |"))
+    recipe = RECIPES[name]
+    assert row.endswith(f" | {recipe.total_bytes / 1e9:.1f} GB | {recipe.macs.removeprefix('fits Macs ')} |")
+
+
 def test_compact_fits_a_24_gb_mac_with_room():
     plan = plan_tensors(true_shapes("published"), true_config(), make_scheme(recipe="compact"))
-    assert plan.running_bytes() * 1.04 <= gpu_limit(24)
+    assert plan.running_bytes() * 1.05 <= gpu_limit(24)
 
 
 def test_nvfp4_stays_well_below_its_source():

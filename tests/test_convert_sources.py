@@ -148,6 +148,16 @@ def test_mlx_checkpoints_are_carried_requantized_and_dequantized(tmp_path):
     assert mx.array_equal(mx.load(str(whole.out / "model.safetensors"))[f"{name}.weight"], decoded.astype(mx.bfloat16))
 
 
+def test_compact_checkpoints_are_carried_and_dequantized(tmp_path):
+    """Its embedding has 5 bits, which do not divide a word."""
+    compact = convert_checkpoint(DEMO, tmp_path / "compact", recipe="compact")
+    assert compact.plan.group_bits["embedding"] == "5-bit, group size 64"
+    same = convert_checkpoint(compact.out, tmp_path / "same", recipe="compact")
+    assert all_tensors(same.out) == all_tensors(compact.out)
+    whole = convert_checkpoint(compact.out, tmp_path / "whole", bits=None)
+    assert_same_logits(whole.out, compact.out, tolerance=2e-2)
+
+
 def test_nvfp4_converted_once_converts_again(nvfp4, tmp_path):
     once = convert_checkpoint(nvfp4[0], tmp_path / "once")
     twice = convert_checkpoint(once.out, tmp_path / "twice")

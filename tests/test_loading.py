@@ -11,6 +11,8 @@ from mlx.utils import tree_flatten
 
 import mlx_diffusiongemma
 from mlx_diffusiongemma import CheckpointError, generate, load
+from mlx_diffusiongemma.convert import convert_checkpoint
+from mlx_diffusiongemma.model import vocabulary
 
 NORM = "model.decoder.norm.weight"
 
@@ -49,6 +51,25 @@ def test_quantized_checkpoints_load_and_answer(demo_4bit):
     assert model.model.decoder.layers[0].experts.down_proj.bits == 4
     assert model.model.decoder.embed_tokens.bits == 8
     assert generate(model, processor, "reverse abc", seed=1).text == "cba"
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_a_vocabulary_of_any_width_is_read_in_blocks_as_at_once(bits, tmp_path, monkeypatch):
+    setting = {"embed_tokens": str(bits)}
+    model, processor = load(convert_checkpoint(DEMO, tmp_path / "m", dtype="float32", overrides=setting).out)
+    text = model.config.text
+    assert model.model.decoder.embed_tokens.bits == bits
+    hidden = mx.random.normal((1, 8, text.hidden_size), key=mx.random.key(0))
+    monkeypatch.setattr(vocabulary, "BLOCK_BUDGET", 4 * 8 * 96)
+    assert text.vocab_size > 2 * vocabulary.block_length(8, text.vocab_size)
+    reading = model.read_vocabulary(hidden, 0.6, mx.random.key(1))
+    processed = model.logits(hidden) / 0.6
+    assert mx.array_equal(reading.tokens, processed.argmax(-1))
+    assert mx.array_equal(reading.sample, vocabulary.sample_from(processed, mx.random.key(1)))
+    soft = model.soft_embedding(processed)
+    assert mx.allclose(reading.soft_embedding, soft, rtol=0, atol=2e-6 * mx.abs(soft).max().item())
+    if bits >= 5:
+        assert generate(model, processor, "reverse abc", seed=1).text == "cba"
 
 
 @pytest.mark.parametrize("checkpoint", ["demo_float32", "demo_4bit"])
