@@ -19,11 +19,16 @@ BLOCKS_ALIVE, BLOCKS_ALIVE_ALONE = 10, 5
 # Scores of one attention call. Head sizes of 256 and 512 have no fused kernel for many queries on most chips, so the
 # scores exist; queries are taken in parts that keep them under this.
 SCORE_BUDGET = 256 * 2**20
+# What canvases that share a prefix may add to one when they are computed at once, each with a copy of what it sees of
+# the prefix. A batch gains little where products are limited by arithmetic, as those of a canvas are on most Macs, so
+# it gets what memory plans leave over: about the room between 4-bit weights with their context and 18 GB.
+ROWS_BUDGET = 2**30
 
 # And in tokens.
 BLOCK_TOKENS = 8192  # of the vocabulary in a block at most
 CACHE_GROWTH = 1024  # what a full layer's buffer grows by
 GROUP = 32  # tokens whose probabilities are summed before one of them is drawn
+MEMBER_ROWS = 256  # positions whose groups' embeddings exist at once while that one is drawn
 
 SLIDING_ATTENTION, FULL_ATTENTION = "attention, sliding", "attention, full"
 CONDITIONING, DENSE, EXPERTS, VOCABULARY = "embedding, self-conditioning", "dense MLP", "router, experts", "vocabulary"
@@ -57,12 +62,50 @@ def cache_bytes(config: ModelConfig, context: int, item: int = 2) -> int:
 
 def step_bytes(config: ModelConfig, context: int, item: int = 2) -> int:
     """The largest of what attention, the experts and the vocabulary hold at once."""
-    text, rows = config.text, config.canvas_length
-    return max(
-        _attention_bytes(text, rows, context, item),
-        item * rows * text.top_k_experts * (2 * text.hidden_size + 3 * text.moe_intermediate_size),
-        _vocabulary_bytes(text, rows, item),
+    return _step_bytes(config.text, 1, config.canvas_length, context, item)
+
+
+def rows_at_once(text: TextConfig, canvas: int, context: int, most: int, item: int = 2) -> int:
+    """How many of `most` canvases of so many tokens, after one prefix of `context`, keep to ROWS_BUDGET; at least 1."""
+    return max(rows for rows in range(1, most + 1) if rows_bytes(text, canvas, context, rows, item) <= ROWS_BUDGET)
+
+
+def rows_bytes(text: TextConfig, canvas: int, context: int, rows: int, item: int = 2) -> int:
+    """What computing `rows` canvases at once after one prefix takes beyond what one takes: nothing for one, which is
+    written behind the prefix itself; for more, each one's copy of the prefix that it sees, and the larger step.
+    """
+    if rows == 1:
+        return 0
+    copies = sum(
+        2 * item * layer.num_key_value_heads * layer.head_dim * (_visible(layer, text, context) + canvas)
+        for layer in text.layers
     )
+    step = _step_bytes(text, rows, canvas, context, item) - _step_bytes(text, 1, canvas, context, item)
+    return rows * copies + step
+
+
+def snapshot_bytes(config: ModelConfig, context: int, item: int = 2) -> int:
+    """Of a kept cache's way back to an earlier prompt: what its sliding layers held then, beside what they hold now."""
+    return sum(
+        2 * item * layer.num_key_value_heads * layer.head_dim * _capacity(layer, config, context)
+        for layer in config.text.layers
+        if layer.is_sliding
+    )
+
+
+def _step_bytes(text: TextConfig, rows: int, canvas: int, context: int, item: int) -> int:
+    """Of `rows` canvases at once."""
+    tokens = rows * canvas
+    return max(
+        _attention_bytes(text, tokens, context + canvas, item),
+        item * tokens * text.top_k_experts * (2 * text.hidden_size + 3 * text.moe_intermediate_size),
+        _vocabulary_bytes(text, tokens, item),
+    )
+
+
+def _visible(layer: LayerConfig, text: TextConfig, context: int) -> int:
+    """Tokens of the prefix that a canvas sees."""
+    return min(context, text.sliding_window - 1) if layer.is_sliding else context
 
 
 def _capacity(layer: LayerConfig, config: ModelConfig, context: int) -> int:
@@ -73,10 +116,10 @@ def _capacity(layer: LayerConfig, config: ModelConfig, context: int) -> int:
     return -(-(context + canvas) // CACHE_GROWTH) * CACHE_GROWTH
 
 
-def _attention_bytes(text: TextConfig, rows: int, context: int, item: int) -> int:
+def _attention_bytes(text: TextConfig, rows: int, keys: int, item: int) -> int:
     """Of the widest layer: queries, keys and values, the result, and before and after softmax the scores."""
     widths = [text.num_attention_heads * layer.head_dim for layer in text.layers]
-    scores = min(text.num_attention_heads * rows * (context + rows), SCORE_BUDGET // 4)
+    scores = min(text.num_attention_heads * rows * keys, SCORE_BUDGET // 4)
     return 2 * item * scores + 4 * item * rows * max(widths)
 
 
@@ -86,7 +129,7 @@ def _vocabulary_bytes(text: TextConfig, rows: int, item: int) -> int:
     whole = 4 * rows * text.vocab_size
     block = min(BLOCK_BUDGET, 4 * rows * BLOCK_TOKENS)
     blocks = BLOCKS_ALIVE * block if whole > block else BLOCKS_ALIVE_ALONE * whole
-    candidates = item * rows * GROUP * text.hidden_size
+    candidates = item * min(rows, MEMBER_ROWS) * GROUP * text.hidden_size
     return masses + max(blocks, 2 * candidates + masses)
 
 
@@ -117,7 +160,7 @@ def step_operations(config: ModelConfig, context: int) -> dict[str, dict[str, in
 def _attention_operations(layer: LayerConfig, text: TextConfig, rows: int, context: int) -> dict[str, int]:
     queries = text.num_attention_heads * layer.head_dim
     keys = layer.num_key_value_heads * layer.head_dim * (2 if layer.is_sliding else 1)
-    seen = min(context, text.sliding_window - 1) if layer.is_sliding else context
+    seen = _visible(layer, text, context)
     scores = "attention, sliding" if layer.is_sliding else "attention, full"
     return {
         "product": 2 * rows * text.hidden_size * (2 * queries + keys),

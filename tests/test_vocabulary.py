@@ -60,6 +60,28 @@ def test_equals_the_definition(tokens, block, bits, monkeypatch):
     assert_equals_the_definition(random_embedding(tokens, 32, bits), hidden)
 
 
+@pytest.mark.parametrize("bits", [None, 8], ids=["plain", "8-bit"])
+def test_more_rows_than_draw_together(bits, monkeypatch):
+    hidden = 1.5 * mx.random.normal((2, 12, 32), key=mx.random.key(1))
+    monkeypatch.setattr(vocabulary, "MEMBER_ROWS", 7)
+    assert_equals_the_definition(random_embedding(301, 32, bits), hidden)
+
+
+def test_the_groups_embeddings_are_bounded(monkeypatch):
+    """Drawing for many rows holds little more than for MEMBER_ROWS: MLX runs some operations ahead of a CPU."""
+    embedding, peaks = random_embedding(64, 512), []
+    monkeypatch.setattr(vocabulary, "MEMBER_ROWS", 16)
+    for rows in (16, 1024):
+        hidden = mx.random.normal((1, rows, 512), key=mx.random.key(1))
+        mx.eval(vocabulary.read(embedding, hidden, CAP, TEMPERATURE, mx.random.key(2)))
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(vocabulary.read(embedding, hidden, CAP, TEMPERATURE, mx.random.key(2)))
+        peaks.append(mx.get_peak_memory() - before)
+    members = 16 * vocabulary.GROUP * 512 * 4
+    assert peaks[1] - peaks[0] < 24 * members < 1024 // 16 * members / 2
+
+
 def adversarial(tokens: int) -> dict[str, np.ndarray]:
     """Rows of logits that break careless running sums."""
     steps = np.arange(tokens)

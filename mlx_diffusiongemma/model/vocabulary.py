@@ -13,7 +13,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..accounting import BLOCK_BUDGET, BLOCK_TOKENS, GROUP
+from ..accounting import BLOCK_BUDGET, BLOCK_TOKENS, GROUP, MEMBER_ROWS
 from .layers import fuse_elementwise
 
 
@@ -168,9 +168,7 @@ def read(
     groups = total.group_masses()
     uniforms = draw_uniforms(key, shape).reshape(2, -1)
     group = _pick(groups, uniforms[0])
-    ids = mx.minimum(group[:, None] * GROUP + mx.arange(GROUP), vocabulary - 1)
-    inside = _member_weights(embedding, rows, ids, group, cap, temperature)
-    sample = group * GROUP + _pick(inside, uniforms[1])
+    sample = group * GROUP + _pick(_member_weights(embedding, rows, group, cap, temperature), uniforms[1])
     return Reading(tokens, sample.reshape(shape), entropy, total.soft.reshape(hidden.shape))
 
 
@@ -263,12 +261,18 @@ def _pick(masses: mx.array, uniform: mx.array) -> mx.array:
 
 
 def _member_weights(
-    embedding: nn.Module, rows: mx.array, ids: mx.array, group: mx.array, cap: mx.array, temperature: mx.array
+    embedding: nn.Module, rows: mx.array, group: mx.array, cap: mx.array, temperature: mx.array
 ) -> mx.array:
     """Unnormalised probabilities of the tokens of each row's group, [rows, GROUP]; their logits are computed again."""
-    members = embedding_rows(embedding, ids.flatten())
-    vectors = members(mx.arange(ids.size)).reshape(*ids.shape, -1)
-    scaled = _process((vectors @ rows[:, :, None])[..., 0], cap, temperature)
-    exists = group[:, None] * GROUP + mx.arange(GROUP) < embedding.weight.shape[0]
-    scaled = mx.where(exists, scaled, -mx.inf)
+    vocabulary = embedding.weight.shape[0]
+    ids = group[:, None] * GROUP + mx.arange(GROUP)
+    existing = mx.minimum(ids, vocabulary - 1)
+    products = []
+    # The members' embeddings are GROUP times the hidden states: only those of some rows exist at once.
+    for start in range(0, rows.shape[0], MEMBER_ROWS):
+        chosen = mx.depends(existing[start : start + MEMBER_ROWS], products[-1:])
+        vectors = embedding_rows(embedding, chosen.flatten())(mx.arange(chosen.size)).reshape(*chosen.shape, -1)
+        products.append((vectors @ rows[start : start + MEMBER_ROWS, :, None])[..., 0])
+    raw = products[0] if len(products) == 1 else mx.concatenate(products)
+    scaled = mx.where(ids < vocabulary, _process(raw, cap, temperature), -mx.inf)
     return mx.exp(scaled - scaled.max(axis=-1, keepdims=True))
