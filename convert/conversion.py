@@ -16,6 +16,7 @@ import mlx.core as mx
 from .. import __version__
 from ..config import ModelConfig, read_json
 from ..errors import CheckpointError
+from ..hub import is_repository
 from ..paths import user_path
 from . import hub
 from .hashes import REPORT
@@ -129,7 +130,7 @@ def plan_tensors(
 
 def _find(source: str | Path, revision: str | None, weights: Literal["local", "remote", "streamed"]) -> Source:
     """`source`, with its weights on this disk, only looked at on the hub, or to be downloaded one by one later."""
-    if not hub.is_repository(source):
+    if not is_repository(source):
         directory = user_path(source)
         ModelConfig.from_directory(directory)  # says most plainly what is wrong with another model's directory
         return Source(directory, read_checkpoint_headers(directory))

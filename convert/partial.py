@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..hub import Interrupted
 from .hashes import file_sha256
 
 RECORD = "finished-shards.json"
 NEW = ".new"
 DOWNLOADS = "source"  # inside OUT.partial: files of the source that are not converted yet
-
-
-class Interrupted(CheckpointError):
-    """The network or the user stopped a conversion that can go on later."""
 
 
 class Partial:

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from ..hub import Interrupted
 from . import hub
 from .hashes import file_sha256
 from .headers import Entry
-from .partial import Interrupted
 from .plan import Job
 from .reader import Files
 from .sources import Weight

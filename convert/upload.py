@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import CheckpointError
+from ..hub import reaching
 from ..paths import user_path
-from . import hub
 from .check import check_files
 from .packaging import CARD
 
@@ -28,12 +28,12 @@ def upload_checkpoint(directory: str | Path, repository: str, *, force: bool = F
     if get_token() is None:
         raise CheckpointError("There is no login for the hub on this machine; run `hf auth login` first.")
     api = HfApi()
-    files = hub.reaching(repository, lambda: api.list_repo_files(repository) if api.repo_exists(repository) else [])
+    files = reaching(repository, lambda: api.list_repo_files(repository) if api.repo_exists(repository) else [])
     if set(files) - {".gitattributes"} and not force:
         raise CheckpointError(f"{repository} has files already; choose another name, or --force to overwrite them.")
-    hub.reaching(repository, lambda: api.create_repo(repository, private=private, exist_ok=True))
+    reaching(repository, lambda: api.create_repo(repository, private=private, exist_ok=True))
     message = "Converted with mlx-diffusiongemma"
-    hub.reaching(
+    reaching(
         repository,
         lambda: api.upload_folder(
             repo_id=repository, folder_path=directory, commit_message=message, ignore_patterns=[".*"]

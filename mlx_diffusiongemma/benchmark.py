@@ -26,6 +26,7 @@ from .convert.headers import read_checkpoint_headers
 from .denoising import CanvasRun
 from .events import Commit, Done
 from .generation import stream
+from .hub import is_repository
 from .paths import user_path
 from .step_profile import Component, measure_step
 
@@ -188,7 +189,7 @@ def plan_memory(source: str | Path, context: int = accounting.CONTEXT) -> accoun
     From its shapes alone: of a repository only the small files and the headers of the large ones are read.
     Raises CheckpointError.
     """
-    if hub.is_repository(source):
+    if is_repository(source):
         directory = hub.download(str(source), None, weights=False)
         entries = hub.remote_headers(str(source), directory.name)
     else:

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from .config import GenerationOptions, ModelConfig, Quantization, read_json
 from .errors import CheckpointError
+from .hub import CONVERTED, download_snapshot, is_repository
 from .memory import check_fits, set_limits
 from .model.diffusion_gemma import DiffusionGemma
 from .model.moe import Experts
@@ -78,25 +79,9 @@ def load_vision(directory: Path, config: ModelConfig) -> VisionModel:
 
 def find_checkpoint(path_or_repo: str | Path, revision: str | None = None) -> Path:
     """The local directory of a checkpoint, downloaded where it is a repository's name. Raises CheckpointError."""
-    directory = user_path(path_or_repo)
-    if directory.is_dir():
-        return directory
-    name = str(path_or_repo)
-    if directory.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"There is no directory {name}; check the path, or give a repository as owner/name.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"])
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{name} is neither a directory nor a repository that can be downloaded now ({reason}); "
-            "check the name and the network."
-        ) from None
+    if is_repository(path_or_repo):
+        return download_snapshot(str(path_or_repo), revision, CONVERTED)
+    return user_path(path_or_repo)
 
 
 def read_weights(directory: Path) -> dict[str, mx.array]:

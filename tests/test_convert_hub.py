@@ -138,6 +138,42 @@ for name in ("google/unknown", "google/tiny"):
     assert "google/unknown is neither a directory nor a repository on the hub" in lines[0]
 
 
+def mlx_dg(server, *arguments, **environment):
+    command = [str(Path(sys.executable).with_name("mlx-dg")), *map(str, arguments)]
+    return subprocess.run(command, env=server[1] | environment, capture_output=True, text=True, check=False)
+
+
+def said_size(files):
+    return f"To download: {sum(path.stat().st_size for path in files) / 1e6:.1f} MB of"
+
+
+def test_a_repository_is_loaded_and_its_size_said_before(server, tmp_path):
+    (server[0] / "someone").mkdir()
+    converted = convert_checkpoint(DEMO, server[0] / "someone" / "tiny-4bit").out
+    (converted / "notes.txt").write_bytes(bytes(10**6))  # no part of a checkpoint
+    generate = ("generate", "reverse abc", "--seed", 1, "--model", "someone/tiny-4bit")
+    wanted = [path for path in converted.iterdir() if path.suffix in (".json", ".safetensors", ".jinja", ".model")]
+    (server[0] / "drop-after").write_text("150000")
+    dropped = mlx_dg(server, *generate)
+    assert dropped.returncode == 1 and "run the same command again" in dropped.stderr
+    assert dropped.stderr.startswith(f"{said_size(wanted)} someone/tiny-4bit\n")
+    (server[0] / "drop-after").unlink()
+    whole = mlx_dg(server, *generate)
+    assert (whole.returncode, whole.stdout) == (0, "cba\n"), whole.stderr
+    assert whole.stderr.startswith("To download: ")
+    for again in (mlx_dg(server, *generate), mlx_dg(server, *generate, HF_HUB_OFFLINE="1")):
+        assert (again.returncode, again.stdout) == (0, "cba\n") and "download" not in again.stderr
+    unknown = mlx_dg(server, "generate", "hi", "--model", "someone/unknown")
+    assert unknown.returncode == 1 and unknown.stderr.startswith("mlx-dg: someone/unknown is neither a directory nor")
+
+
+def test_a_conversion_says_how_much_it_downloads(server, tmp_path):
+    source = copy_demo(server[0] / "google" / "tiny")
+    done = mlx_dg(server, "convert", "google/tiny", tmp_path / "out")
+    assert done.returncode == 0 and done.stderr.startswith(f"{said_size(source.iterdir())} google/tiny\n")
+    assert "download" not in mlx_dg(server, "convert", "google/tiny", tmp_path / "again").stderr
+
+
 def test_an_index_that_points_outside_is_refused_before_any_download(server, tmp_path):
     source = split(copy_demo(server[0] / "google" / "tiny"))
     index = source / "model.safetensors.index.json"

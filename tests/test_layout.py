@@ -15,7 +15,7 @@ PACKAGE = ROOT / "mlx_diffusiongemma"
 LAYERS = [
     {"errors", "paths", "config", "events", "accounting"},
     {"model", "canvas", "sampling", "processor", "messages", "replies", "tools", "images"},
-    {"loading", "memory", "denoising", "prefix", "stops"},
+    {"hub", "loading", "memory", "denoising", "prefix", "stops"},
     {"generation", "scoring", "restricting", "gaps", "gap_filling", "modes"},
     {"infilling", "editing", "choosing", "filling"},
     {"session", "session_file", "convert"},

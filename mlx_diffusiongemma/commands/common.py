@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,17 +37,30 @@ def load_model(name: str | None) -> tuple[DiffusionGemma, Processor]:
 
     from .. import load
     from ..errors import MemoryWarning
+    from ..hub import CONVERTED
 
+    name = name or default_model()
+    announce_download(name, None, CONVERTED)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MemoryWarning)
-        loaded = load(name or default_model())
+        loaded = load(name)
     for warning in caught:
         typer.echo(f"mlx-dg: {warning.message}", err=True)
     return loaded
 
 
+def announce_download(source: str, revision: str | None, patterns: Sequence[str]) -> None:
+    """Say how much of a repository is going to be downloaded, if anything. Raises CheckpointError."""
+    from ..hub import bytes_to_download
+
+    count = bytes_to_download(source, revision, patterns)
+    if count:
+        size = f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+        typer.echo(f"To download: {size} of {source}", err=True)
+
+
 def default_model() -> str:
-    """What was last converted in this directory, else the ready-made checkpoint, whose download size is said first."""
+    """What was last converted in this directory, else the ready-made checkpoint."""
     from ..convert.hashes import REPORT
 
     converted = list(Path().glob(f"*/{REPORT}"))
@@ -54,8 +68,5 @@ def default_model() -> str:
         newest = max(converted, key=lambda report: report.stat().st_mtime).parent
         typer.echo(f"Using {newest}", err=True)
         return str(newest)
-    from huggingface_hub import try_to_load_from_cache
-
-    if not isinstance(try_to_load_from_cache(READY_MADE, "config.json"), str):
-        typer.echo(f"Downloading {READY_MADE}, 16.5 GB; later runs use the downloaded files.", err=True)
+    typer.echo(f"Using {READY_MADE}, which is downloaded once", err=True)
     return READY_MADE

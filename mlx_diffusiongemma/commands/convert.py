@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..convert import RECIPES
-from .common import OFFICIAL
+from .common import OFFICIAL, announce_download
 
 BUILT_IN = "default"  # calibration prompts
 EPILOG = "Recipes, with their size for the published model: " + "\n\n".join(
@@ -65,6 +65,7 @@ def convert(
 ) -> None:
     """Turn a published checkpoint into quantized MLX arrays, in little memory."""
     from ..convert import convert_checkpoint, plan_conversion, upload_checkpoint
+    from ..convert.hub import WHOLE
 
     width = _chosen_bits(q4, q8, bits, dequantize, quantize)
     if (source and hf_path) or (out and mlx_path):
@@ -84,6 +85,7 @@ def convert(
         return
     name = Path(source).resolve().name if Path(source).exists() else source.split("/")[-1]
     out = out or mlx_path or Path(f"{name}-{_suffix(width, mode, recipe)}")
+    announce_download(source, revision, WHOLE)
     with _progress("converting") as progress:
         report = convert_checkpoint(source, out, **settings, allow_nan=allow_nan, stream=stream, progress=progress)
     typer.echo(report.render(), err=True)
