@@ -158,7 +158,7 @@ def read(
     total = _Total()
     for number, block in enumerate(embedding_blocks(embedding, length)):
         start = number * length
-        total.add(block, _process(block.as_linear(rows), cap, temperature), start, condition=key is not None)
+        total.add(block, _process(_product(block, rows), cap, temperature), start, condition=key is not None)
         # One block after the other: evaluated together, all blocks would be alive at once.
         rows = mx.depends(rows, total.state)
     shape = hidden.shape[:-1]
@@ -191,6 +191,15 @@ def draw_uniforms(key: mx.array, shape: tuple[int, int]) -> mx.array:
     if key.ndim == 1:
         return mx.random.uniform(shape=(2, *shape), key=key)
     return mx.stack([mx.random.uniform(shape=(2, shape[1]), key=row) for row in key], axis=1)
+
+
+def _product(block: nn.Module, rows: mx.array) -> mx.array:
+    """rows [rows, hidden] -> raw logits [rows, block], in the model's dtype."""
+    if isinstance(block, nn.Embedding) and mx.default_device() == mx.cpu:
+        # The BLAS of MLX's Linux wheels multiplies by a transposed matrix one dot product at a time; with the matrix
+        # copied the right way round, the same sums take two thirds of the time.
+        return rows @ mx.contiguous(block.weight.T)
+    return block.as_linear(rows)
 
 
 class _Total:
