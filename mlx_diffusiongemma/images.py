@@ -30,9 +30,11 @@ from PIL import Image, ImageOps
 from .errors import PromptError
 
 BUDGETS = (70, 140, 280, 560, 1120)
-VIDEO_BUDGET = 70  # soft tokens per frame, as Gemma 4's video processor has it
+# Of Gemma 4's video processor: most soft tokens per frame, most frames, and frames per second where nothing says.
+VIDEO_BUDGET, VIDEO_FRAMES, VIDEO_FPS = 70, 32, 24.0
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb
 MAX_VIDEO_PIXELS = 2**30  # of all frames together: 500 frames of 1920 × 1080
+SLOWEST_FPS = 1e-6  # a frame in twelve days; a time has to stay a number
 MAX_DOWNLOAD_BYTES = 32 * 2**20
 DOWNLOAD_SECONDS = 30.0
 
@@ -44,9 +46,16 @@ _DAMAGED = (
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError),
     *(struct.error, zlib.error),
 )
+# What a source is taken for, and what to give instead of one that is not.
+IMAGE, VIDEO = "an image", "a video"
+_INSTEAD = {
+    IMAGE: "give a PNG, JPEG, WebP or GIF file",
+    VIDEO: "give a GIF, WebP or APNG file, or its frames as a list of images",
+}
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image
+VideoSource = ImageSource | Sequence[ImageSource]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +74,14 @@ class PreparedImage:
     digest: str
 
 
+@dataclass(frozen=True, eq=False)
+class PreparedVideo:
+    """A video's frames, ready for `VisionTower`, and when each is shown, in seconds."""
+
+    frames: tuple[PreparedImage, ...]
+    times: tuple[float, ...]
+
+
 def prepare_image(
     source: ImageSource, *, budget: int = 280, patch_size: int = 16, pooling: int = 3, allow_urls: bool = False
 ) -> PreparedImage:
@@ -77,7 +94,30 @@ def prepare_image(
     """
     if budget not in BUDGETS:
         raise PromptError(f"An image budget is one of {', '.join(map(str, BUDGETS))} soft tokens, not {budget!r}.")
-    picture = load_image(source, allow_urls=allow_urls)
+    return _cut(load_image(source, allow_urls=allow_urls), budget, patch_size, pooling)
+
+
+def prepare_video(
+    source: VideoSource,
+    *,
+    frames: int | None = None,
+    fps: float | None = None,
+    patch_size: int = 16,
+    pooling: int = 3,
+    allow_urls: bool = False,
+) -> PreparedVideo:
+    """The frames that `sample_video` takes, each cut into patches for at most `VIDEO_BUDGET` soft tokens. Raises
+    PromptError.
+    """
+    prepared = [
+        (_cut(picture, VIDEO_BUDGET, patch_size, pooling), seconds)
+        for picture, seconds in sample_video(source, frames=frames, fps=fps, allow_urls=allow_urls)
+    ]
+    return PreparedVideo(*zip(*prepared, strict=True))
+
+
+def _cut(picture: Image.Image, budget: int, patch_size: int, pooling: int) -> PreparedImage:
+    """An upright RGB picture, resized and in patches."""
     width, height = resized_size(*picture.size, budget=budget, patch_size=patch_size, pooling=pooling)
     if picture.size != (width, height):
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
@@ -111,33 +151,46 @@ def resized_size(width: int, height: int, *, budget: int, patch_size: int = 16, 
 def load_image(source: ImageSource, *, allow_urls: bool = False) -> Image.Image:
     """The picture in `source` (its first frame, if it moves), upright, as RGB on white. Raises PromptError."""
     if isinstance(source, Image.Image):
-        with _one_sentence("The image"):
+        with _one_sentence("The image", IMAGE):
             return _upright_rgb(source)
-    with _opened(source, allow_urls) as image:
+    if not isinstance(source, str | os.PathLike | bytes):
+        raise PromptError(f"An image is a path, a file's bytes or a Pillow image, not a {type(source).__name__}.")
+    with _opened(source, allow_urls, IMAGE) as image:
         return _upright_rgb(image)
 
 
 def sample_video(
-    source: ImageSource | Sequence[ImageSource], *, frames: int = 32, fps: float = 24.0, allow_urls: bool = False
-) -> list[tuple[Image.Image, float]]:
+    source: VideoSource, *, frames: int | None = None, fps: float | None = None, allow_urls: bool = False
+) -> Iterator[tuple[Image.Image, float]]:
     """At most `frames` pictures, evenly spaced from the first on, each with its time in seconds
-    (`default_sample_indices_fn`).
+    (`default_sample_indices_fn`). One is in memory at a time.
 
     source: a file that Pillow can play (GIF, WebP, APNG, AVIF), in any form `load_image` takes, or a list of frames.
-    fps: frames per second of a list; a file says how long each of its frames is shown.
+    frames: None is `VIDEO_FRAMES`.
+    fps: frames per second of a list, None is `VIDEO_FPS`; a file says how long each of its frames is shown.
     Raises PromptError.
     """
-    if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1 or not fps > 0:
-        raise PromptError("A video takes a whole number of frames, at least 1, and frames per second above 0.")
+    frames = VIDEO_FRAMES if frames is None else frames
+    fps = VIDEO_FPS if fps is None else fps
+    if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
+        raise PromptError(f"A video takes a whole number of frames, at least 1, not {frames!r}.")
+    if not isinstance(fps, int | float) or not SLOWEST_FPS <= fps < math.inf:
+        raise PromptError(f"A video's frames per second are a number above 0, not {fps!r}.")
     if isinstance(source, Image.Image):
-        with _one_sentence("The video"):
-            return _sample_animation(source, frames)
-    if isinstance(source, str | os.PathLike | bytes):
-        with _opened(source, allow_urls) as image:
-            return _sample_animation(image, frames)
-    if not source:
+        with _one_sentence("The video", VIDEO):
+            yield from _sample_animation(source, frames)
+    elif isinstance(source, str | os.PathLike | bytes):
+        with _opened(source, allow_urls, VIDEO) as image:
+            yield from _sample_animation(image, frames)
+    elif not isinstance(source, Sequence):
+        raise PromptError(
+            f"A video is a path, a file's bytes, a Pillow image or a list of frames, not a {type(source).__name__}."
+        )
+    elif not source:
         raise PromptError("The video has no frames; give at least one.")
-    return [(load_image(source[i], allow_urls=allow_urls), i / fps) for i in _evenly_spaced(frames, len(source))]
+    else:
+        for place in _evenly_spaced(frames, len(source)):
+            yield load_image(source[place], allow_urls=allow_urls), place / fps
 
 
 def timestamp(seconds: float) -> str:
@@ -145,11 +198,11 @@ def timestamp(seconds: float) -> str:
     return f"{int(seconds // 60):02d}:{int(seconds % 60):02d}"
 
 
-def video_text(times: Sequence[float], image_token: str = "<|image|>") -> str:
-    """The prompt text of a video whose frames are shown at `times`, in seconds: every frame's time, then its image
+def video_text(times: Sequence[float], frames: Sequence[str]) -> str:
+    """The prompt text of a video: when each frame is shown, in seconds, then the frame's own text
     (`Gemma4Processor.replace_video_token`).
     """
-    return " ".join(f"{timestamp(seconds)} {image_token}" for seconds in times)
+    return " ".join(f"{timestamp(seconds)} {frame}" for seconds, frame in zip(times, frames, strict=True))
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
@@ -177,7 +230,7 @@ def _check_size(image: Image.Image) -> None:
         )
 
 
-def _sample_animation(image: Image.Image, frames: int) -> list[tuple[Image.Image, float]]:
+def _sample_animation(image: Image.Image, frames: int) -> Iterator[tuple[Image.Image, float]]:
     _check_size(image)
     total = getattr(image, "n_frames", 1)  # Pillow's class for pictures that were never a file lacks it
     if total * image.width * image.height > MAX_VIDEO_PIXELS:
@@ -186,15 +239,14 @@ def _sample_animation(image: Image.Image, frames: int) -> list[tuple[Image.Image
             "make it smaller or give a list of frames."
         )
     chosen = set(_evenly_spaced(frames, total))
-    sampled, seconds = [], 0.0
+    seconds = 0.0
     for index in range(total):
         image.seek(index)
         image.load()  # some formats know a frame's duration only then
         if index in chosen:
-            sampled.append((_upright_rgb(image), seconds))
+            yield _upright_rgb(image), seconds
         seconds += image.info.get("duration", 0) / 1000
     image.seek(0)  # it may be the caller's
-    return sampled
 
 
 def _evenly_spaced(count: int, total: int) -> list[int]:
@@ -203,12 +255,12 @@ def _evenly_spaced(count: int, total: int) -> list[int]:
 
 
 @contextmanager
-def _opened(source: str | os.PathLike[str] | bytes, allow_urls: bool) -> Iterator[Image.Image]:
+def _opened(source: str | os.PathLike[str] | bytes, allow_urls: bool, kind: str) -> Iterator[Image.Image]:
     """`source` opened by Pillow. What goes wrong while it is open becomes a PromptError that names it."""
-    name = "The image" if isinstance(source, bytes) else _shortened(os.fspath(source))
+    name = "The file" if isinstance(source, bytes) else _shortened(os.fspath(source))
     Image.init()  # or Pillow fails on a format that nothing has registered
     formats = [name for name in FORMATS if name in Image.OPEN]
-    with _one_sentence(name), Image.open(_file(source, allow_urls), formats=formats) as image:
+    with _one_sentence(name, kind), Image.open(_file(source, allow_urls), formats=formats) as image:
         yield image
 
 
@@ -238,7 +290,7 @@ def _decode_data_url(url: str) -> bytes:
     try:
         return base64.b64decode(b"".join(content.split()), validate=True)
     except binascii.Error as error:
-        raise PromptError(f"The data: URL is not valid base64 ({error}); encode the image again.") from None
+        raise PromptError(f"The data: URL is not valid base64 ({error}); encode the file again.") from None
 
 
 def _download(url: str) -> bytes:
@@ -252,7 +304,7 @@ def _download(url: str) -> bytes:
                 content += chunk
                 if len(content) > MAX_DOWNLOAD_BYTES:
                     raise PromptError(
-                        f"{_shortened(url)} is larger than {MAX_DOWNLOAD_BYTES // 2**20} MB; give a smaller image."
+                        f"{_shortened(url)} is larger than {MAX_DOWNLOAD_BYTES // 2**20} MB; give a smaller file."
                     )
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"it took longer than {DOWNLOAD_SECONDS:.0f} seconds")
@@ -262,19 +314,22 @@ def _download(url: str) -> bytes:
 
 
 @contextmanager
-def _one_sentence(name: str) -> Iterator[None]:
-    """Turn what Pillow raises for missing, damaged and hostile files into a PromptError about `name`."""
+def _one_sentence(name: str, kind: str) -> Iterator[None]:
+    """Turn what Pillow raises for missing, damaged and hostile files into a PromptError about `name`.
+
+    kind: IMAGE or VIDEO.
+    """
     try:
         yield
     except FileNotFoundError:
-        raise PromptError(f"There is no file {name}; check the path of the image.") from None
+        raise PromptError(f"There is no file {name}; check its path.") from None
     except Image.UnidentifiedImageError:
-        raise PromptError(f"{name} is not an image in a known format; give a PNG, JPEG, WebP or GIF file.") from None
+        raise PromptError(f"{name} is not {kind} in a known format; {_INSTEAD[kind]}.") from None
     except _BOMB:
         raise PromptError(f"{name} has more than {MAX_PIXELS / 1e6:.0f} million pixels; make it smaller.") from None
     except _DAMAGED as error:
         reason = _shortened(str(error))
-        raise PromptError(f"{name} cannot be read as an image ({reason}); save it again or give another.") from None
+        raise PromptError(f"{name} cannot be read as {kind} ({reason}); save it again or give another.") from None
 
 
 def _shortened(name: str, longest: int = 120) -> str:

@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from .errors import PromptError
 from .events import ToolCall
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# Where an image part may carry its picture: in the spellings of Transformers and OpenAI.
+# Where a part may carry its picture or its video: in the spellings of Transformers and OpenAI.
 IMAGE_KEYS = ("image", "url", "path", "image_url")
+VIDEO_KEYS = ("video", "url", "path", "video_url")
 
 Message = Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class VideoPart:
+    """What a video part says: its source, and how to sample it; None is `sample_video`'s own choice."""
+
+    source: Any
+    frames: Any
+    fps: Any
+
+
 def normalize_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any]]:
-    """New messages, checked, and the source of every image part in order; None where `images` has to fill it.
+    """New messages, checked, and in order what every image or video part holds: an image's source, None where `images`
+    has to fill it, or a `VideoPart`.
 
     `model` becomes `assistant`; tool calls become `{"id", "type": "function", "function": {"name", "arguments"}}` with
-    a mapping for arguments; a tool's answer gets the id of its call; image parts become `{"type": "image"}`.
-    Raises PromptError.
+    a mapping for arguments; a tool's answer gets the id of its call; image and video parts become `{"type": "image"}`:
+    every template has one place holder for that, and not all know videos. Raises PromptError.
     """
     sources: list[Any] = []
     normal: list[dict[str, Any]] = []
@@ -60,7 +72,7 @@ def _answered(message: Message, unanswered: list[dict[str, Any]], where: str) ->
 
 
 def _content(message: Message, role: str, where: str, sources: list[Any]) -> Any:
-    """A message's content: text, or text and image parts whose sources are added to `sources`."""
+    """A message's content: text, or parts whose images and videos are added to `sources`."""
     content = message.get("content")
     if isinstance(content, str):
         return content
@@ -92,20 +104,30 @@ def _part(part: Any, role: str, where: str, sources: list[Any]) -> dict[str, Any
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"]}
-    if kind not in ("image", "image_url"):
+    if kind not in ("image", "image_url", "video", "video_url"):
         raise PromptError(
-            f'{where} has a part that is neither {{"type": "text", "text": "…"}} nor {{"type": "image"}}; '
-            "this model reads text and images."
+            f'{where} has a part that is none of {{"type": "text", "text": "…"}}, {{"type": "image"}} and '
+            '{"type": "video", "video": …}; this model reads text and images, and videos frame by frame.'
         )
     if role not in ("user", "tool"):
-        raise PromptError(f"{where}: only user and tool messages can hold images.")
-    source = next((part[key] for key in IMAGE_KEYS if part.get(key) is not None), None)
+        raise PromptError(f"{where}: only user and tool messages can hold images and videos.")
+    if kind.startswith("image"):
+        sources.append(_source(part, IMAGE_KEYS))
+        return {"type": "image"}
+    source = _source(part, VIDEO_KEYS)
+    if source is None:
+        raise PromptError(f'{where} has a video part without its video; write {{"type": "video", "video": "PATH"}}.')
+    sources.append(VideoPart(source, part.get("frames"), part.get("fps")))
+    return {"type": "image"}
+
+
+def _source(part: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    source = next((part[key] for key in keys if part.get(key) is not None), None)
     if isinstance(source, Mapping):  # OpenAI's {"image_url": {"url": "…"}}
         source = source.get("url")
     if source is None and part.get("base64"):
         source = f"data:;base64,{part['base64']}"
-    sources.append(source)
-    return {"type": "image"}
+    return source
 
 
 def _tool_calls(calls: Any, role: str, where: str) -> list[dict[str, Any]]:

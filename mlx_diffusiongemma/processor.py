@@ -9,24 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import ModelConfig, read_json
+from .config import ModelConfig, VisionConfig, read_json
 from .errors import CheckpointError, PromptError
 from .events import Reply
-from .messages import Message, normalize_messages
+from .messages import Message, VideoPart, normalize_messages
 from .replies import MARKERS, ReplyParser, reply_from_parts
 from .tools import Tool, tool_schemas
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from .images import ImageSource, PreparedImage
+    from .images import ImageSource, PreparedImage, PreparedVideo, VideoSource
 
 IMAGE, IMAGE_BEGIN, IMAGE_END = "<|image|>", "<|image>", "<image|>"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model reads. `text` is the whole prompt, markers included; `images` are in the order of their tokens."""
+    """What the model reads. `text` is the whole prompt, markers included; `images` are in the order of their tokens,
+    every frame of a video one of them.
+    """
 
     text: str
     tokens: list[int]
@@ -82,17 +84,18 @@ class Processor:
         """Render a prompt that ends where the model's reply begins.
 
         text_or_messages: one user turn; chat messages; token ids, taken as they are; or a Prompt, returned as it is.
-        images: fill the image parts of the messages in order; before a plain string they come first.
+        images: fill the image parts that have no source, in order; before a plain string they come first.
         tools: OpenAI-style schemas or typed Python functions.
-        image_budget: most soft tokens per image. allow_urls: fetch images from http(s).
+        image_budget: most soft tokens per image. allow_urls: fetch images and videos from http(s).
+
+        A video is a part {"type": "video", "video": source, "frames": most, "fps": of a list}: see `prepare_video`.
         Raises PromptError.
         """
         if isinstance(text_or_messages, Prompt) or _are_tokens(text_or_messages):
             if images or tools or thinking:
                 raise PromptError("Images, tools and thinking belong to messages; this prompt is already in tokens.")
             return text_or_messages if isinstance(text_or_messages, Prompt) else self._token_prompt(text_or_messages)
-        if not isinstance(images, Sequence) or isinstance(images, str | bytes):
-            raise PromptError(f"`images` takes a list, not a {type(images).__name__}.")
+        _check_list("images", images)
         messages = text_or_messages
         if isinstance(messages, str):
             parts = [*({"type": "image"} for _ in images), {"type": "text", "text": messages}]
@@ -101,9 +104,66 @@ class Processor:
             raise PromptError(f"A prompt is text, a list of messages or of token ids, not a {type(messages).__name__}.")
         normal, sources = normalize_messages(messages)
         text = self._render(normal, tool_schemas(tools), thinking)
-        prepared = self._prepare_images(sources, images, image_budget or self.image_budget, allow_urls)
-        text = self._expand_images(text, prepared)
-        return Prompt(text, self._encode(text), prepared)
+        pictures = self._prepare_pictures(sources, images, image_budget, allow_urls)
+        text = _expand_pictures(text, pictures)
+        return Prompt(text, self._encode(text), tuple(image for picture in pictures for image in _images(picture)))
+
+    def parts(
+        self,
+        images: Sequence[ImageSource | PreparedImage] = (),
+        videos: Sequence[VideoSource | PreparedVideo] = (),
+    ) -> list[dict[str, Any]]:
+        """Message parts that hold these, prepared: prompts made of them read no file again. Raises PromptError."""
+        _check_list("images", images)
+        _check_list("videos", videos)
+        return [
+            *({"type": "image", "image": self.prepare_image(image)} for image in images),
+            *({"type": "video", "video": self.prepare_video(video)} for video in videos),
+        ]
+
+    def prepare_image(
+        self, source: ImageSource | PreparedImage, *, budget: int | None = None, allow_urls: bool = False
+    ) -> PreparedImage:
+        """`images.prepare_image` for this checkpoint. Raises PromptError."""
+        vision = self._vision()
+        from .images import PreparedImage, prepare_image
+
+        if isinstance(source, PreparedImage):
+            return source
+        return prepare_image(
+            source,
+            budget=budget or self.image_budget,
+            patch_size=vision.patch_size,
+            pooling=vision.pooling_kernel_size,
+            allow_urls=allow_urls,
+        )
+
+    def prepare_video(
+        self,
+        source: VideoSource | PreparedVideo,
+        *,
+        frames: int | None = None,
+        fps: float | None = None,
+        allow_urls: bool = False,
+    ) -> PreparedVideo:
+        """A video that Pillow can play (GIF, WebP, APNG, AVIF), or a list of images, as frames and their times.
+
+        frames: how many at most, evenly spaced; None is 32. fps: of a list, None is 24; a file knows its own times.
+        Raises PromptError.
+        """
+        vision = self._vision()
+        from .images import PreparedVideo, prepare_video
+
+        if isinstance(source, PreparedVideo):
+            return source
+        return prepare_video(
+            source,
+            frames=frames,
+            fps=fps,
+            patch_size=vision.patch_size,
+            pooling=vision.pooling_kernel_size,
+            allow_urls=allow_urls,
+        )
 
     def raw_prompt(self, text: str) -> Prompt:
         """`text` without a chat template, after the token that begins every document. Raises PromptError."""
@@ -160,49 +220,28 @@ class Processor:
         except RecursionError:
             raise PromptError("The messages or tools are nested too deep for the chat template.") from None
 
-    def _prepare_images(
-        self, sources: list[Any], images: Sequence[Any], budget: int, allow_urls: bool
-    ) -> tuple[PreparedImage, ...]:
-        """Every image part's picture: its own source's, else the next of `images`. Raises PromptError."""
-        empty = sources.count(None)
+    def _vision(self) -> VisionConfig:
+        if self._config.vision is None:
+            raise PromptError("This checkpoint cannot see images; use one with vision weights or leave them out.")
+        return self._config.vision
+
+    def _prepare_pictures(
+        self, sources: list[Any], images: Sequence[Any], budget: int | None, allow_urls: bool
+    ) -> list[PreparedImage | PreparedVideo]:
+        """What every image or video part shows: its own source, else the next of `images`. Raises PromptError."""
+        empty = sum(source is None for source in sources)
         if empty != len(images):
             raise PromptError(
                 f"Image parts to fill: {empty}, images given: {len(images)}; "
                 'give one image for every {"type": "image"} part of the messages.'
             )
-        if not sources:
-            return ()
-        vision = self._config.vision
-        if vision is None:
-            raise PromptError("This checkpoint cannot see images; use one with vision weights or leave them out.")
-        from .images import PreparedImage, prepare_image
-
         rest = iter(images)
-        given = [next(rest) if source is None else source for source in sources]
-        return tuple(
-            source
-            if isinstance(source, PreparedImage)
-            else prepare_image(
-                source,
-                budget=budget,
-                patch_size=vision.patch_size,
-                pooling=vision.pooling_kernel_size,
-                allow_urls=allow_urls,
-            )
-            for source in given
-        )
-
-    def _expand_images(self, text: str, images: Sequence[PreparedImage]) -> str:
-        """Make room for the images: every place holder in `text` becomes as many as its image has soft tokens."""
-        if not images:
-            return text
-        pieces = text.split(IMAGE)
-        if len(pieces) != len(images) + 1:
-            raise PromptError(
-                f"The prompt has {len(pieces) - 1} places for {len(images)} images; leave {IMAGE} out of its text."
-            )
-        rooms = [f"{IMAGE_BEGIN}{IMAGE * image.soft_tokens}{IMAGE_END}" for image in images]
-        return pieces[0] + "".join(room + piece for room, piece in zip(rooms, pieces[1:], strict=True))
+        return [
+            self.prepare_video(source.source, frames=source.frames, fps=source.fps, allow_urls=allow_urls)
+            if isinstance(source, VideoPart)
+            else self.prepare_image(next(rest) if source is None else source, budget=budget, allow_urls=allow_urls)
+            for source in sources
+        ]
 
     def _encode(self, text: str) -> list[int]:
         try:
@@ -221,6 +260,38 @@ class Processor:
         outside = next((token for token in tokens if not 0 <= token < size), None)
         if outside is not None:
             raise PromptError(f"The prompt has the token id {outside}; this model's vocabulary ends at {size - 1}.")
+
+
+def _check_list(name: str, value: Any) -> None:
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise PromptError(f"`{name}` takes a list, not a {type(value).__name__}.")
+
+
+def _images(picture: PreparedImage | PreparedVideo) -> tuple[PreparedImage, ...]:
+    from .images import PreparedVideo
+
+    return picture.frames if isinstance(picture, PreparedVideo) else (picture,)
+
+
+def _expand_pictures(text: str, pictures: Sequence[PreparedImage | PreparedVideo]) -> str:
+    """Make room: every place holder in `text` becomes what its image or video needs. Raises PromptError."""
+    if not pictures:
+        return text
+    pieces = text.split(IMAGE)
+    if len(pieces) != len(pictures) + 1:
+        raise PromptError(
+            f"The prompt has {len(pieces) - 1} places for {len(pictures)} images and videos; "
+            f"leave {IMAGE} out of its text."
+        )
+    return pieces[0] + "".join(_room(picture) + piece for picture, piece in zip(pictures, pieces[1:], strict=True))
+
+
+def _room(picture: PreparedImage | PreparedVideo) -> str:
+    """As many place holders as there are soft tokens, and around them what Gemma reads with them."""
+    from .images import PreparedVideo, video_text
+
+    rooms = [f"{IMAGE_BEGIN}{IMAGE * image.soft_tokens}{IMAGE_END}" for image in _images(picture)]
+    return video_text(picture.times, rooms) if isinstance(picture, PreparedVideo) else rooms[0]
 
 
 def _are_tokens(prompt: Any) -> bool:

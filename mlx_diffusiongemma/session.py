@@ -17,7 +17,7 @@ from .session_file import read_session, write_session
 
 if TYPE_CHECKING:
     from .config import GenerationOptions
-    from .images import ImageSource, PreparedImage
+    from .images import ImageSource, PreparedImage, PreparedVideo, VideoSource
     from .messages import Message
     from .model.diffusion_gemma import DiffusionGemma
     from .processor import Processor
@@ -61,21 +61,35 @@ class ChatSession:
         return list(self._turns[-1].get("tool_calls", ())) if self._turns else []
 
     def send(
-        self, text: str, images: Sequence[ImageSource] = (), *, cancel: threading.Event | None = None
+        self,
+        text: str,
+        images: Sequence[ImageSource | PreparedImage] = (),
+        videos: Sequence[VideoSource | PreparedVideo] = (),
+        *,
+        cancel: threading.Event | None = None,
     ) -> Iterator[Event]:
         """The user's turn: the events of the reply, as `stream` gives them.
 
-        images: come before the text. Setting `cancel`, or closing the iterator, stops within one step. Raises
-        PromptError before anything is computed.
+        images, videos: come before the text, in this order; `processor.prepare_video` makes a video with fewer frames
+        or another speed. Setting `cancel`, or closing the iterator, stops within one step. Raises PromptError before
+        anything is computed.
         """
         if self.tool_calls:
             raise PromptError("The last reply called tools; give their results with send_tool_results, or undo it.")
-        content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}] if images else text
-        return self._turn([{"role": "user", "content": content}], images, cancel)
+        parts = self.processor.parts(images, videos)
+        content = [*parts, {"type": "text", "text": text}] if parts else text
+        return self._turn([{"role": "user", "content": content}], cancel)
 
-    def ask(self, text: str, images: Sequence[ImageSource] = (), *, cancel: threading.Event | None = None) -> Result:
+    def ask(
+        self,
+        text: str,
+        images: Sequence[ImageSource | PreparedImage] = (),
+        videos: Sequence[VideoSource | PreparedVideo] = (),
+        *,
+        cancel: threading.Event | None = None,
+    ) -> Result:
         """`send`, to the end: the whole reply."""
-        return collect(self.send(text, images, cancel=cancel))
+        return collect(self.send(text, images, videos, cancel=cancel))
 
     def send_tool_results(self, results: Sequence[Any], *, cancel: threading.Event | None = None) -> Iterator[Event]:
         """What the tools gave, a result for each of `tool_calls` in order: the events of the reply that follows.
@@ -89,7 +103,7 @@ class ChatSession:
             {"role": "tool", "tool_call_id": call["id"], "content": _tool_content(result)}
             for call, result in zip(calls, results, strict=True)
         ]
-        return self._turn(answers, (), cancel)
+        return self._turn(answers, cancel)
 
     def undo(self) -> None:
         """Forget the last turn: what the user said and all that followed. Raises PromptError where there is none."""
@@ -124,17 +138,13 @@ class ChatSession:
             self.system, self.thinking = conversation["system"], conversation["thinking"]
             self._turns, self._cache = tuple(conversation["messages"]), cache
 
-    def _turn(
-        self, new: list[dict[str, Any]], images: Sequence[ImageSource], cancel: threading.Event | None
-    ) -> Iterator[Event]:
+    def _turn(self, new: list[dict[str, Any]], cancel: threading.Event | None) -> Iterator[Event]:
         """The reply to `new` messages, checked and ready to run."""
         with self._alone():
             before = self._turns
-            prompt = self.processor.prompt(
-                [*self.messages, *new], images=images, tools=self.tools, thinking=self.thinking
-            )
+            prompt = self.processor.prompt([*self.messages, *new], tools=self.tools, thinking=self.thinking)
             events = stream(self.model, self.processor, prompt, options=self.options, cache=self._cache, cancel=cancel)
-        return self._run(events, before, (*before, *_with_pictures(new, prompt.images)))
+        return self._run(events, before, (*before, *new))
 
     def _run(self, events: Iterator[Event], before: tuple[Message, ...], asked: tuple[Message, ...]) -> Iterator[Event]:
         parts: list[Part] = []
@@ -179,20 +189,3 @@ def _tool_content(result: Any) -> Any:
         return json.dumps(result, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise PromptError(f"A tool's result cannot be written as JSON ({error}); give text instead.") from None
-
-
-def _with_pictures(messages: list[dict[str, Any]], images: Sequence[PreparedImage]) -> list[dict[str, Any]]:
-    """The messages with their image parts, which are the last of the prompt's `images`, filled."""
-    count = sum(part["type"] == "image" for message in messages for part in _parts(message))
-    rest = iter(images[len(images) - count :])
-    return [
-        message
-        | {"content": [part | {"image": next(rest)} if part["type"] == "image" else part for part in _parts(message)]}
-        if _parts(message)
-        else message
-        for message in messages
-    ]
-
-
-def _parts(message: Message) -> list[dict[str, Any]]:
-    return message["content"] if isinstance(message["content"], list) else []

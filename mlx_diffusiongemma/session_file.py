@@ -15,7 +15,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from .errors import CheckpointError, PromptError
-from .images import PreparedImage
+from .images import PreparedImage, PreparedVideo
 from .messages import normalize_messages
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 KIND, VERSION = "mlx-diffusiongemma session", "1"
 SAMPLES = 64  # of every weight, in a model's fingerprint
-IMAGE = "prepared image"  # the key that stands for one in JSON
+IMAGE, VIDEO = "prepared image", "prepared video"  # the keys that stand for them in JSON
 
 Arrays = dict[str, mx.array]
 
@@ -32,12 +32,13 @@ Arrays = dict[str, mx.array]
 def write_session(path: str | Path, model: DiffusionGemma, conversation: dict[str, Any], cache: Cache) -> None:
     """Save a conversation and the keys and values of `cache`; the file appears when it is whole.
 
-    conversation: what JSON can hold, and `PreparedImage`s. Raises PromptError where it cannot be written.
+    conversation: what JSON can hold, `PreparedImage`s and `PreparedVideo`s. Raises PromptError where it cannot be
+    written.
     """
     path = Path(path)
     images: list[PreparedImage] = []
     try:
-        text = json.dumps([conversation, cache.labels], default=lambda value: _image_as_json(value, images))
+        text = json.dumps([conversation, cache.labels], default=lambda value: _picture_as_json(value, images))
     except (TypeError, ValueError) as error:
         raise PromptError(f"The messages hold something that JSON cannot ({error}); it cannot be saved.") from None
     arrays = cache.export()
@@ -80,7 +81,7 @@ def read_session(path: str | Path, model: DiffusionGemma) -> tuple[dict[str, Any
         raise CheckpointError(f"{path} was saved with another model; load that one to go on with it.")
     cache = model.make_cache()
     try:
-        conversation, labels = json.loads(text, object_hook=lambda value: _image_from_json(value, arrays))
+        conversation, labels = json.loads(text, object_hook=lambda value: _picture_from_json(value, arrays))
         normalize_messages([{"role": "user", "content": ""}, *conversation["messages"]])
         cache.adopt(arrays, labels)
     except (ValueError, TypeError, KeyError, PromptError) as error:
@@ -123,14 +124,18 @@ def _checksum(arrays: Arrays, text: str) -> str:
     return digest.hexdigest()
 
 
-def _image_as_json(value: Any, images: list[PreparedImage]) -> dict[str, Any]:
+def _picture_as_json(value: Any, images: list[PreparedImage]) -> dict[str, Any]:
+    if isinstance(value, PreparedVideo):
+        return {VIDEO: value.frames, "times": value.times}
     if not isinstance(value, PreparedImage):
         raise TypeError(f"a {type(value).__name__}")
     images.append(value)
     return {IMAGE: len(images) - 1, "soft_tokens": value.soft_tokens, "digest": value.digest}
 
 
-def _image_from_json(value: dict[str, Any], arrays: Arrays) -> Any:
+def _picture_from_json(value: dict[str, Any], arrays: Arrays) -> Any:
+    if VIDEO in value:
+        return PreparedVideo(tuple(value[VIDEO]), tuple(value["times"]))
     if IMAGE not in value:
         return value
     pixels, positions = (np.array(arrays[f"images.{value[IMAGE]}.{name}"]) for name in ("pixels", "positions"))

@@ -18,7 +18,16 @@ from PIL import Image, features
 
 from mlx_diffusiongemma import images
 from mlx_diffusiongemma.errors import PromptError
-from mlx_diffusiongemma.images import BUDGETS, load_image, prepare_image, resized_size, sample_video, video_text
+from mlx_diffusiongemma.images import (
+    BUDGETS,
+    VIDEO_BUDGET,
+    load_image,
+    prepare_image,
+    prepare_video,
+    resized_size,
+    sample_video,
+    video_text,
+)
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
 ORIENTATION = 0x0112  # the EXIF tag
@@ -151,7 +160,7 @@ def test_the_callers_image_is_left_as_it_was():
     prepare_image(image, budget=70)
     assert image == before
     with Image.open(io.BytesIO(animation())) as moving:
-        sample_video(moving, frames=3)
+        prepare_video(moving, frames=3)
         assert moving.tell() == 0
 
 
@@ -168,23 +177,26 @@ def png_header(width: int, height: int) -> bytes:
 # name: (source, what the sentence must say)
 BAD = {
     "missing": ("no/such/file.png", "There is no file no/such/file.png"),
-    "directory": (Path("."), "cannot be read as an image"),
-    "null byte": ("a\0b.png", "cannot be read as an image"),
-    "long name": ("a" * 9000, "cannot be read as an image"),
-    "empty": (b"", "not an image in a known format"),
-    "text": (b"I am a picture, honest.", "not an image in a known format"),
-    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image in a known format"),
-    "runs a program": (encoded(Image.new("RGB", (8, 8)), "EPS"), "not an image in a known format"),
-    "truncated": (encoded(picture("RGB", 64, 64))[:300], "cannot be read as an image"),
-    "truncated jpeg": (encoded(picture("RGB", 64, 64), "JPEG")[:700], "cannot be read as an image"),
-    "too little data": (png_header(64, 64), "cannot be read as an image"),
+    "directory": (Path("."), "cannot be read as {kind}"),
+    "null byte": ("a\0b.png", "cannot be read as {kind}"),
+    "long name": ("a" * 9000, "cannot be read as {kind}"),
+    "empty": (b"", "not {kind} in a known format"),
+    "text": (b"I am a picture, honest.", "not {kind} in a known format"),
+    "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not {kind} in a known format"),
+    "runs a program": (encoded(Image.new("RGB", (8, 8)), "EPS"), "not {kind} in a known format"),
+    "truncated": (encoded(picture("RGB", 64, 64))[:300], "cannot be read as {kind}"),
+    "truncated jpeg": (encoded(picture("RGB", 64, 64), "JPEG")[:700], "cannot be read as {kind}"),
+    "too little data": (png_header(64, 64), "cannot be read as {kind}"),
     "huge": (png_header(60_000, 60_000), "more than 89 million"),
     "large": (png_header(9_500, 9_500), "9500 × 9500 pixels"),
     "no pixels": (Image.new("RGB", (0, 5)), "has no pixels"),
     "network": ("https://example.com/cat.png", "allow URLs"),
     "no comma": ("data:image/png;base64", "no comma"),
     "bad base64": ("data:image/png;base64,####", "not valid base64"),
-    "data of text": ("data:text/html,<b>cat</b>", "not an image in a known format"),
+    "data of text": ("data:text/html,<b>cat</b>", "not {kind} in a known format"),
+    "a number": (7, "not a int"),
+    "nothing": (None, "not a NoneType"),
+    "an array": (np.zeros((8, 8, 3), np.uint8), "not a ndarray"),
 }
 
 
@@ -192,11 +204,15 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_sources_get_one_sentence(name):
     source, says = BAD[name]
-    for read in (prepare_image, sample_video):
+    for read, given, kind in (
+        (prepare_image, source, "an image"),
+        (prepare_video, source, "a video"),
+        (prepare_video, [source], "an image"),
+    ):
         with pytest.raises(PromptError) as caught:
-            read(source)
+            read(given)
         message = str(caught.value)
-        assert says in message
+        assert says.format(kind=kind) in message
         assert "\n" not in message and len(message) < 400
 
 
@@ -278,19 +294,37 @@ def test_urls_when_asked_for(site, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_video_from_a_file(kind):
-    sampled = sample_video(animation(kind, duration=[500, 1000, 250, 250, 100]), frames=4)
+    sampled = list(sample_video(animation(kind, duration=[500, 1000, 250, 250, 100]), frames=4))
     assert [time for _, time in sampled] == [0.0, 0.5, 1.5, 1.75]
     assert [frame.getpixel((0, 0))[0] for frame, _ in sampled] == [0, 40, 80, 120]
-    assert len(sample_video(animation(kind))) == 5
+    assert len(list(sample_video(animation(kind)))) == 5
 
 
 def test_video_from_a_list_and_from_a_still_image(tmp_path):
     frames = [Image.new("RGB", (8, 8), (i,) * 3) for i in range(100)]
-    sampled = sample_video(frames, frames=4, fps=10)
+    sampled = list(sample_video(frames, frames=4, fps=10))
     assert [(frame.getpixel((0, 0))[0], time) for frame, time in sampled] == [(0, 0), (25, 2.5), (50, 5), (75, 7.5)]
     (tmp_path / "a.png").write_bytes(encoded(frames[7]))
-    assert sample_video([tmp_path / "a.png"]) == [(frames[7], 0.0)]
-    assert sample_video(frames[7]) == [(frames[7], 0.0)]
+    for still in ([tmp_path / "a.png"], tmp_path / "a.png", frames[7], (frames[7],)):
+        assert list(sample_video(still)) == [(frames[7], 0.0)]
+
+
+def test_a_prepared_video_is_its_frames_prepared():
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    frames = [picture("RGB", 960, 640), encoded(picture("RGB", 60, 40), exif=exif), picture("RGBA", 40, 600)]
+    video = prepare_video(frames, fps=2)
+    assert video.times == (0, 0.5, 1)
+    for made, frame in zip(video.frames, frames, strict=True):
+        assert made.digest == prepare_image(frame, budget=VIDEO_BUDGET).digest
+        assert made.soft_tokens <= VIDEO_BUDGET
+
+
+def test_one_frame_is_in_memory_at_a_time():
+    frames = sample_video([picture("RGB", 8, 8), b"damaged"])
+    assert next(frames)[1] == 0
+    with pytest.raises(PromptError):
+        next(frames)
 
 
 @needs_torch
@@ -305,27 +339,38 @@ def test_sampled_frames_are_the_references():
 
 
 def test_videos_that_cannot_be(monkeypatch):
-    for options in ({"frames": 0}, {"frames": 2.5}, {"fps": 0}):
+    for frames in (0, -1, 2.5, True, "8"):
         with pytest.raises(PromptError, match="whole number of frames"):
-            sample_video(animation(), **options)
-    with pytest.raises(PromptError, match="no frames"):
-        sample_video([])
+            prepare_video(animation(), frames=frames)
+    for fps in (0, -1, 1e-300, float("inf"), float("nan"), "2"):
+        with pytest.raises(PromptError, match="frames per second are a number above 0"):
+            prepare_video(animation(), fps=fps)
+    for nothing in ([], ()):
+        with pytest.raises(PromptError, match="no frames"):
+            prepare_video(nothing)
+    for odd in ({animation()}, {"path": "a.gif"}, iter([animation()])):
+        with pytest.raises(PromptError, match="or a list of frames, not a"):
+            prepare_video(odd)
+    whole = animation()
+    with pytest.raises(PromptError, match="cannot be read as a video"):
+        prepare_video(whole[: len(whole) * 2 // 3])
+    with pytest.raises(PromptError, match="not a video in a known format; give a GIF"):
+        prepare_video(b"\0\0\0\x20ftypisom" + bytes(100))  # the beginning of an MP4
     monkeypatch.setattr(images, "MAX_VIDEO_PIXELS", 4 * 32 * 24)
     with pytest.raises(PromptError, match="5 frames of 32 × 24 pixels, too many"):
-        sample_video(animation())
+        prepare_video(animation())
 
 
 def test_a_videos_prompt_is_worded_as_gemmas():
-    assert video_text([0, 1.99, 61.5, 3600]) == "00:00 <|image|> 00:01 <|image|> 01:01 <|image|> 60:00 <|image|>"
+    assert video_text([0, 1.99, 61.5, 3600], "abcd") == "00:00 a 00:01 b 01:01 c 60:00 d"
 
 
-@needs_torch
 def test_a_videos_prompt_is_the_references():
     from types import SimpleNamespace
 
     from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
 
     times = [0.0, 0.99, 59.9, 60.0, 754.2]
-    tokens = SimpleNamespace(boi_token="", eoi_token="", video_token="<|image|>")
-    made = {"num_soft_tokens_per_video": [1], "video_metadata": [SimpleNamespace(fps=24, timestamps=times)]}
-    assert video_text(times) == Gemma4Processor.replace_video_token(tokens, made, 0)
+    tokens = SimpleNamespace(boi_token="<", eoi_token=">", video_token=".")
+    made = {"num_soft_tokens_per_video": [3], "video_metadata": [SimpleNamespace(fps=24, timestamps=times)]}
+    assert video_text(times, ["<...>"] * 5) == Gemma4Processor.replace_video_token(tokens, made, 0)

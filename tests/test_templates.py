@@ -7,10 +7,14 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conversations import CONVERSATIONS
+from conversations import CONVERSATIONS, RAIN, Conversation, assistant, result, text, user
+from PIL import Image
 from templates import DEMO, RENDERED, ask, demo_processor, processor_with
+
+from mlx_diffusiongemma.images import prepare_image
 
 HUB = os.environ.get("MLX_DG_HUB_TEMPLATES")
 CURRENT = "chat_template.jinja"
@@ -71,6 +75,29 @@ def test_a_hub_template_as_transformers_renders_it(hub, conversation):
     assert ROOM.sub("<|image|>", prompt.text) == text
     if not prompt.images:
         assert prompt.tokens == tokens
+
+
+@needs_hub
+def test_a_video_as_gemmas_processor_words_it(hub, ours, current):
+    """Transformers renders one place holder for a video, which its processor replaces by frames and times."""
+    from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
+
+    frames, times = [Image.new("RGB", (96, 48), color) for color in ("red", "blue", "green")], [0, 1 / 24, 2 / 24]
+    tokens = SimpleNamespace(boi_token="<|image>", eoi_token="<image|>", video_token="<|image|>")
+    made = {
+        "num_soft_tokens_per_video": [prepare_image(frames[0], budget=70).soft_tokens],
+        "video_metadata": [SimpleNamespace(fps=24, timestamps=times)],
+    }
+    worded = Gemma4Processor.replace_video_token(tokens, made, 0)
+    for parts in (["V"], ["a ", "V", " b"], ["V", "V", "c"], ["a", "V", "\nb\n", "V"]):
+        theirs = [{"type": "video"} if part == "V" else text(part) for part in parts]
+        ours_too = [{"type": "video", "video": frames} if part == "V" else text(part) for part in parts]
+        call = assistant(tool_calls=[RAIN])
+        for before, said in (([], user), ([user("a"), call], lambda content: result(content, tool_call_id="1"))):
+            expected, _ = by_transformers(hub, Conversation("video", [*before, said(theirs)]))
+            assert hub.prompt([*before, said(ours_too)]).text == expected.replace("<|video|>", worded)
+            prompts = [processor.prompt([*before, said(ours_too)]) for processor in (ours, current)]
+            assert prompts[0].tokens == prompts[1].tokens
 
 
 @needs_hub

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 MOST_CALLS = 8  # replies in a row that call tools
 HELP = """\
 /image PATH   show the model an image with your next message
+/video PATH   show it a GIF, WebP or APNG, frame by frame
 /system TEXT  set the instructions; without text, take them away
 /think        let the model think first, or stop that
 /undo         forget the last turn
@@ -65,10 +66,12 @@ class _Chat:
     def __init__(self, session: ChatSession, functions: Functions, live: bool | None):
         self.session, self.functions, self.live = session, functions, live
         self.images: list[Any] = []  # for the next message
+        self.videos: list[Any] = []
         self.failed = False
         self.commands: dict[str, Callable[[str], None]] = {
             "help": lambda _: _say(HELP),
             "image": self._image,
+            "video": self._video,
             "system": self._system,
             "think": self._think,
             "undo": self._undo,
@@ -97,9 +100,9 @@ class _Chat:
 
     def _take(self, line: str) -> None:
         if not line.startswith("/") or line.startswith("//"):
-            images, self.images = self.images, []
+            images, self.images, videos, self.videos = self.images, [], self.videos, []
             text = line.removeprefix("/") if line.startswith("//") else line
-            self._turn(lambda cancel: self.session.send(text, images, cancel=cancel))
+            self._turn(lambda cancel: self.session.send(text, images, videos, cancel=cancel))
             return
         name, _, rest = line[1:].partition(" ")
         if name not in self.commands:
@@ -160,6 +163,14 @@ class _Chat:
         image = load_image(user_path(_unquoted(path, "/image")))
         self.images.append(image)
         _say(f"{image.width} × {image.height} pixels, for your next message")
+
+    def _video(self, path: str) -> None:
+        from ..images import timestamp
+
+        video = self.session.processor.prepare_video(user_path(_unquoted(path, "/video")))
+        self.videos.append(video)
+        count = len(video.frames)
+        _say(f"{count} frame{'s' * (count != 1)}, the last at {timestamp(video.times[-1])}, for your next message")
 
     def _system(self, text: str) -> None:
         self.session.system = text or None

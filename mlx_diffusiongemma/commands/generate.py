@@ -23,6 +23,9 @@ def generate(
     image: Annotated[
         list[str] | None, typer.Option("--image", help="An image file; may be given several times.")
     ] = None,
+    video: Annotated[
+        list[str] | None, typer.Option("--video", help="A GIF, WebP or APNG file; may be given several times.")
+    ] = None,
     system: Annotated[str | None, typer.Option("--system", "--system-prompt", help="A system message.")] = None,
     thinking: Annotated[bool, typer.Option("--thinking", help="Let the model think first.")] = False,
     raw: Annotated[
@@ -58,8 +61,8 @@ def generate(
             "A denoising step's temperature follows the checkpoint's schedule (0.8 falling to 0.4), so --temp has no "
             "meaning here; leave it out, or change how much is accepted per step with --entropy-bound."
         )
-    if raw and (image or system or thinking):
-        raise typer.BadParameter("--raw has no chat for --image, --system or --thinking")
+    if raw and (image or video or system or thinking):
+        raise typer.BadParameter("--raw has no chat for --image, --video, --system or --thinking")
     if prompt is not None and prompt_option is not None:
         raise typer.BadParameter("give the prompt once, as PROMPT or with --prompt")
     text = _prompt_text(prompt if prompt is not None else prompt_option)
@@ -75,7 +78,7 @@ def generate(
         seed=seed,
     ).filled_from(MODES[mode])
     loaded, processor = load_model(model)
-    request = _request(processor, text, raw, system, image or [], thinking)
+    request = _request(processor, text, raw, system, image or [], video or [], thinking)
     events = stream(loaded, processor, request, options=options)
     with ExitStack() as stack:
         if trace:
@@ -94,15 +97,21 @@ def generate(
 
 
 def _request(
-    processor: Processor, text: str, raw: bool, system: str | None, images: list[str], thinking: bool
+    processor: Processor,
+    text: str,
+    raw: bool,
+    system: str | None,
+    images: list[str],
+    videos: list[str],
+    thinking: bool,
 ) -> Prompt:
     if raw:
         return processor.raw_prompt(text)
-    parts = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
-    messages = [{"role": "user", "content": parts if images else text}]
+    parts = processor.parts(images, videos)
+    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}]
     if system:
         messages.insert(0, {"role": "system", "content": system})
-    return processor.prompt(messages, images=images, thinking=thinking)
+    return processor.prompt(messages, thinking=thinking)
 
 
 def _prompt_text(prompt: str | None) -> str:
