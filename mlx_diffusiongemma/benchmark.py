@@ -24,9 +24,11 @@ from .config import ModelConfig
 from .convert import hub
 from .convert.headers import read_checkpoint_headers
 from .denoising import CanvasRun
+from .errors import CheckpointError
 from .events import Commit, Done
 from .generation import stream
 from .hub import is_repository
+from .loading import find_checkpoint
 from .paths import user_path
 from .step_profile import Component, measure_step
 
@@ -144,13 +146,14 @@ def run_benchmark(
     prompts: Sequence[str] = PROMPTS,
     steps: Sequence[int] = (8, 16),
     max_tokens: int = 512,
-    against: str | None = None,
+    against: Autoregressive | None = None,
     log: Log = lambda message: None,
 ) -> Report:
     """Measure this machine, then the model on it.
 
-    steps: the fixed amounts of work to time a canvas for. max_tokens: of each answer. against: a model for mlx-lm to
-    answer the same prompts with, a directory or a hub repository. log: told what is being measured.
+    steps: the fixed amounts of work to time a canvas for. max_tokens: of each answer. against: what
+    `measure_autoregressive` gave for the same prompts; measure it first, as two models need the memory of both. log:
+    told what is being measured.
     """
     machine = describe_machine()
     log("ceilings of this machine")
@@ -167,8 +170,6 @@ def run_benchmark(
         fixed.append(measure_fixed(model, cache, count))
     log(f"{len(prompts)} prompts to their natural stop")
     natural = measure_natural(model, processor, prompts, max_tokens)
-    if against:
-        log(f"the same prompts with {against}")
     return Report(
         machine=machine,
         ceilings=ceilings,
@@ -179,7 +180,7 @@ def run_benchmark(
         fixed=fixed,
         natural=natural,
         prefill_tokens_per_second=prefix / prefill_seconds,
-        against=measure_autoregressive(against, prompts, max_tokens) if against else None,
+        against=against,
     )
 
 
@@ -265,11 +266,23 @@ def measure_natural(
     return NaturalStop(steps, tokens, seconds, sorted(first_canvases)[len(first_canvases) // 2], peak)
 
 
-def measure_autoregressive(repository: str, prompts: Sequence[str], max_tokens: int) -> Autoregressive:
-    """Answers through mlx-lm, one prompt after the other; the time of its prefill is left out, as it is of ours."""
-    from mlx_lm import load, stream_generate
+def measure_autoregressive(source: str, prompts: Sequence[str] = PROMPTS, max_tokens: int = 512) -> Autoregressive:
+    """Answers through mlx-lm, one prompt after the other; the time of its prefill is left out, as it is of ours.
 
-    model, tokenizer = load(repository)[:2]
+    source: a directory or a hub repository in mlx-lm's format. Raises CheckpointError.
+    """
+    from mlx_lm import stream_generate
+    from mlx_lm.utils import load
+
+    directory = find_checkpoint(source)
+    try:
+        model, tokenizer = load(str(directory))[:2]
+    # mlx-lm raises what its files' readers raise.
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise CheckpointError(f"mlx-lm cannot load {source} ({reason}); give a model that it can run.") from None
+    if not tokenizer.has_chat_template:
+        raise CheckpointError(f"{source} has no chat template; give an instruction-tuned model.")
     tokens, seconds, peak = 0, 0.0, 0
     for prompt in prompts:
         turn = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
@@ -278,4 +291,4 @@ def measure_autoregressive(repository: str, prompts: Sequence[str], max_tokens: 
         tokens += last.generation_tokens
         seconds += last.generation_tokens / last.generation_tps
         peak = max(peak, mx.get_peak_memory())
-    return Autoregressive(repository, tokens, seconds, peak)
+    return Autoregressive(source, tokens, seconds, peak)

@@ -19,7 +19,7 @@ def render(report: Report) -> Group:
     if report.against:
         ratio = report.natural.tokens_per_second / report.against.tokens_per_second
         parts.append(
-            Text(f"{report.against.model} through mlx-lm on the same prompts: {ratio:.2f}× its speed is ours.")
+            Text(f"On the same prompts this writes {ratio:.2g}× as fast as {report.against.model} through mlx-lm.")
         )
     return Group(*parts)
 
@@ -106,7 +106,9 @@ def _speed(report: Report) -> Table:
         f"{taken / len(natural.steps):.1f} steps a canvas (steps×canvases: {spread})" if taken else "",
     )
     if report.against:
-        table.add_row(report.against.model, f"{report.against.tokens_per_second:.1f}", "", "autoregressive")
+        rival = report.against
+        peak = f"autoregressive, peak {rival.peak_memory / 1e9:.2f} GB"
+        table.add_row(rival.model, f"{rival.tokens_per_second:.1f}", "", peak)
     table.add_row("prefill", f"{report.prefill_tokens_per_second:.1f}", "", f"{report.prefix:,} tokens")
     first, peak = natural.first_canvas_seconds, natural.peak_memory / 1e9
     table.add_section()

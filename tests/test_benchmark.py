@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from convert_data import DEMO
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
 from rich.console import Console
 
 from mlx_diffusiongemma import accounting, benchmark, ceilings, load
 from mlx_diffusiongemma.benchmark_report import bar, render, render_plan
 from mlx_diffusiongemma.convert import convert_checkpoint
+from mlx_diffusiongemma.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +62,44 @@ def test_fixed_work_and_natural_stop(report):
     assert sum(steps * count for steps, count in report.natural.distribution.items()) == sum(report.natural.steps)
     assert report.natural.first_canvas_seconds > 0
     assert report.natural.tokens > 0 and report.natural.peak_memory > 0
+
+
+def write_llama(directory: Path) -> Path:
+    """A small random autoregressive model in mlx-lm's format, with the demo's tokenizer."""
+    directory.mkdir()
+    config = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": json.loads((DEMO / "config.json").read_text())["text_config"]["vocab_size"],
+        "tie_word_embeddings": True,
+    }
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    mx.save_safetensors(str(directory / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    (directory / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DEMO / name, directory / name)
+    return directory
+
+
+def test_an_autoregressive_model_beside_it(report, tmp_path):
+    rival = benchmark.measure_autoregressive(str(write_llama(tmp_path / "llama")), ["sort 53142"], max_tokens=5)
+    assert 0 < rival.tokens <= 5 and rival.tokens_per_second > 0 and rival.peak_memory > 0
+    compared = replace(report, against=rival)
+    assert compared.to_dict()["against"]["tokens_per_second"] == pytest.approx(rival.tokens_per_second)
+    assert f"as {rival.model} through mlx-lm" in text_of(render(compared)).replace("\n", " ")
+
+
+@pytest.mark.parametrize("missing", ["everything", "config.json", "chat_template.jinja", "model.safetensors"])
+def test_a_rival_that_cannot_run(missing, tmp_path):
+    directory = tmp_path / "llama"
+    if missing != "everything":
+        (write_llama(directory) / missing).unlink()
+    with pytest.raises(CheckpointError, match=re.escape(str(directory))):
+        benchmark.measure_autoregressive(str(directory), ["sort 53142"], max_tokens=5)
 
 
 def test_as_json_and_as_a_table(report):

@@ -25,7 +25,7 @@ def bench(
     """Measure this machine's ceilings, then where a denoising step's time goes and how fast replies come."""
     from rich.console import Console
 
-    from ..benchmark import plan_memory, run_benchmark
+    from ..benchmark import measure_autoregressive, plan_memory, run_benchmark
     from ..benchmark_report import render, render_plan
 
     if plan:
@@ -36,19 +36,20 @@ def bench(
             Console().print(render_plan(memory, context))
         return
     counts = _counts(steps)
+    rival = None
+    if against:
+        _log(f"the prompts' answers of {against}")
+        rival = measure_autoregressive(against, max_tokens=max_tokens)
     loaded, processor = load_model(model)
-    report = run_benchmark(
-        loaded,
-        processor,
-        steps=counts,
-        max_tokens=max_tokens,
-        against=against,
-        log=lambda message: typer.echo(f"measuring: {message}", err=True),
-    )
+    report = run_benchmark(loaded, processor, steps=counts, max_tokens=max_tokens, against=rival, log=_log)
     if as_json:
         typer.echo(json.dumps(report.to_dict()))
     else:
         Console().print(render(report))
+
+
+def _log(message: str) -> None:
+    typer.echo(f"measuring: {message}", err=True)
 
 
 def _counts(steps: str) -> list[int]:
