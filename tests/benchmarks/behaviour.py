@@ -35,8 +35,8 @@ MAX_TOKENS = 192  # three canvases
 OURS, FOUR_BIT, REFERENCE = "float32", "4-bit", "Transformers"
 
 Question = dict[str, Any]
-# A prompt and a seed -> the reply's tokens before its end, and the steps of each canvas.
-Generate = Callable[[Prompt, int], tuple[list[int], list[int]]]
+# A prompt, in a form that the system takes, and a seed -> the reply's tokens before its end, the steps of each canvas.
+Generate = Callable[[Any, int], tuple[list[int], list[int]]]
 
 
 @dataclass
@@ -59,11 +59,10 @@ def main() -> int:
             processor.prompt(question["messages"], tools=question["tools"] or (), thinking=question["thinking"])
             for question in questions
         ]
-        scores = {}
-        for name, answer in systems.items():
-            started = time.perf_counter()
-            scores[name] = measure(answer, questions, prompts, processor, arguments.seeds)
-            print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        scores = {
+            name: timed(name, measure, answer, questions, prompts, processor, arguments.seeds)
+            for name, answer in systems.items()
+        }
     print_table([question["task"] for question in questions], scores, arguments.seeds)
     return 0 if all(check_bars(scores)) else 1
 
@@ -96,7 +95,9 @@ def ours(model: Any, processor: Processor) -> Generate:
 
 
 def transformers_generate(options: GenerationOptions) -> Generate:
-    """The same weights, widened to float32, in the reference."""
+    """The same weights, widened to float32, in the reference. It takes a prompt of text, or what Transformers' own
+    processor makes of one (a dict of tensors).
+    """
     import torch
     from transformers.models.diffusion_gemma import DiffusionGemmaForBlockDiffusion
 
@@ -111,10 +112,11 @@ def transformers_generate(options: GenerationOptions) -> Generate:
     model = Counting.from_pretrained(DEMO, dtype=torch.float32).eval()
     ends = list(options.end_tokens)
 
-    def answer(prompt: Prompt, seed: int) -> tuple[list[int], list[int]]:
+    def answer(prompt: Prompt | dict[str, Any], seed: int) -> tuple[list[int], list[int]]:
+        inputs = {"input_ids": torch.tensor([prompt.tokens])} if isinstance(prompt, Prompt) else prompt
         torch.manual_seed(seed)
-        output = model.generate(torch.tensor([prompt.tokens]), max_new_tokens=MAX_TOKENS, eos_token_id=ends)
-        tokens = output.sequences[0, len(prompt.tokens) :].tolist()
+        output = model.generate(**inputs, max_new_tokens=MAX_TOKENS, eos_token_id=ends)
+        tokens = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         canvases = len(tokens) // model.config.canvas_length
         first_end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
         passes = int(output.tokens_per_forward[0])
@@ -124,7 +126,7 @@ def transformers_generate(options: GenerationOptions) -> Generate:
 
 
 def measure(
-    answer: Generate, questions: list[Question], prompts: list[Prompt], processor: Processor, seeds: int
+    answer: Generate, questions: list[Question], prompts: list[Any], processor: Processor, seeds: int
 ) -> Scores:
     right, steps = np.zeros((len(questions), seeds)), np.zeros((len(questions), seeds))
     for i, (question, prompt) in enumerate(zip(questions, prompts, strict=True)):
@@ -133,6 +135,14 @@ def measure(
             right[i, seed] = is_right(question, processor.parse(tokens))
             steps[i, seed] = np.mean(of_canvases)
     return Scores(right.mean(axis=1), steps.mean(axis=1))
+
+
+def timed(name: str, work: Callable[..., Scores], *arguments: Any) -> Scores:
+    """What `work` returns; how long it took goes to stderr."""
+    started = time.perf_counter()
+    scores = work(*arguments)
+    print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+    return scores
 
 
 def is_right(question: Question, reply: Reply) -> bool:
