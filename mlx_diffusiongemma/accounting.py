@@ -20,8 +20,8 @@ BLOCKS_ALIVE, BLOCKS_ALIVE_ALONE = 10, 5
 # scores exist; queries are taken in parts that keep them under this.
 SCORE_BUDGET = 256 * 2**20
 # What canvases that share a prefix may add to one when they are computed at once, each with a copy of what it sees of
-# the prefix. A batch gains little where products are limited by arithmetic, as those of a canvas are on most Macs, so
-# it gets what memory plans leave over: about the room between 4-bit weights with their context and 18 GB.
+# the prefix. More would gain little: the products of one canvas are limited by arithmetic on most Macs already. After
+# 8,192 tokens, two of the published model's fit.
 ROWS_BUDGET = 2**30
 
 # And in tokens.
@@ -72,16 +72,17 @@ def rows_at_once(text: TextConfig, canvas: int, context: int, most: int, item: i
 
 def rows_bytes(text: TextConfig, canvas: int, context: int, rows: int, item: int = 2) -> int:
     """What computing `rows` canvases at once after one prefix takes beyond what one takes: nothing for one, which is
-    written behind the prefix itself; for more, each one's copy of the prefix that it sees, and the larger step.
+    written behind the prefix itself; for more, each one's copy of the prefix that it sees, one layer's keys once more,
+    which attention copies in passing, and the larger step.
     """
     if rows == 1:
         return 0
-    copies = sum(
-        2 * item * layer.num_key_value_heads * layer.head_dim * (_visible(layer, text, context) + canvas)
+    keys = [
+        item * layer.num_key_value_heads * layer.head_dim * (_visible(layer, text, context) + canvas)
         for layer in text.layers
-    )
+    ]
     step = _step_bytes(text, rows, canvas, context, item) - _step_bytes(text, 1, canvas, context, item)
-    return rows * copies + step
+    return rows * (2 * sum(keys) + max(keys)) + step
 
 
 def snapshot_bytes(config: ModelConfig, context: int, item: int = 2) -> int:

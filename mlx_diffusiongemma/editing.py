@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import random
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Edited(Result):
-    """`text` is the whole text with the span written anew. diff: unified, from the old text to the new.
+    """`text` is the whole text with the span written anew, or as it was where `finish_reason` is cancelled. diff:
+    unified, from the old text to the new.
 
     attempts: the lengths tried and their scores.
     """
@@ -41,13 +43,15 @@ def edit(
     instruction: str | Sequence[dict[str, Any]],
     strength: float = 0.7,
     options: GenerationOptions | None = None,
+    *,
+    cancel: threading.Event | None = None,
 ) -> Edited:
     """Rewrite the characters `span[0]` to `span[1]` (the one after the last) of `text`; nothing else changes.
 
     instruction: what to do. A string is one user turn, with the span below it; chat messages are sent as they are.
     The text is the model's reply, pinned but for the span, which starts from its own tokens. strength: the share of
     them that noise replaces, 0 (the text comes back as it is) to 1 (from noise). Besides the span's own length, some
-    shorter and longer ones are tried, as in `infill`.
+    shorter and longer ones are tried, as in `infill`. Setting `cancel` from any thread stops within one step.
     Raises PromptError.
     """
     if not isinstance(text, str):
@@ -84,12 +88,15 @@ def edit(
         reply_ending(processor, is_reply=True),
         settings,
         replies=True,
+        cancel=cancel,
     )
     stats = filler.run()
-    new = text[:start] + processor.draft_text(filler.filled[0]) + text[stop:]
+    written = [processor.draft_text(tokens) for tokens in filler.filled]  # one; none where cancelled
+    new = text[:start] + "".join(written or [text[start:stop]]) + text[stop:]
     return Edited(
         text=new,
-        tokens=[token for segment in filler.segments for token in segment],
+        tokens=filler.tokens,
+        finish_reason=filler.finish_reason,
         stats=stats,
         diff=unified_diff(text, new),
         attempts=filler.attempts,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from .gap_filling import Attempt, GapFiller
 from .gaps import Filling, Gap, Segment, lengths_up_to, most_tokens, text_tokens
 from .generation import request_options
 from .infilling import Instruction, reply_ending
-from .scoring import EMPTY_THOUGHT, log_probabilities
+from .scoring import EMPTY_THOUGHT, Cancelled
 
 if TYPE_CHECKING:
     from .model.diffusion_gemma import DiffusionGemma
@@ -56,7 +57,7 @@ Field = Choice | Digits | Text
 class Form(Result):
     """A filled template in `text`. values: what each field holds. confidence: 0 to 1 for each field: how probable the
     model finds its tokens, each with all others in place and itself left out (the geometric mean). attempts: what was
-    tried, and the scores.
+    tried, and the scores. Cancelled (`finish_reason`), there is no text and there are no values: all come at once.
     """
 
     values: dict[str, str] = field(default_factory=dict)
@@ -72,11 +73,13 @@ def fill(
     options: GenerationOptions | None = None,
     *,
     instruction: Instruction | None = None,
+    cancel: threading.Event | None = None,
 ) -> Form:
     """Fill every `{{name}}` of `template` with what `fields[name]` allows, all on one canvas; the rest is pinned.
 
     instruction: what the form is about, as in `infill`, whose reply it is; without one the template is a document of
     its own. Every option of a Choice, and several lengths of the other fields, are tried as `infill` tries lengths.
+    Setting `cancel` from any thread stops within one step.
     Raises PromptError.
     """
     if not isinstance(template, str) or not isinstance(fields, Mapping):
@@ -97,15 +100,21 @@ def fill(
             f"The template takes up to {needed} tokens; a canvas has {settings.canvas_length}, so fill it in parts."
         )
     prompt = processor.raw_prompt("") if instruction is None else processor.prompt(instruction)
-    filler = GapFiller(model, processor, prompt, segments, ending, settings, replies=instruction is not None)
+    filler = GapFiller(
+        model, processor, prompt, segments, ending, settings, replies=instruction is not None, cancel=cancel
+    )
     stats = filler.run()
+    try:
+        confidence = _confidence(filler, names)
+    except Cancelled:
+        return Form("", finish_reason="cancelled", stats=stats, attempts=filler.attempts)
     values = {name: _read(processor, tokens, fields[name]) for name, tokens in zip(names, filler.filled, strict=True)}
     return Form(
         text=PLACE.sub(lambda place: values[place[1]], template),
-        tokens=[token for segment in filler.segments for token in segment],
+        tokens=filler.tokens,
         stats=stats,
         values=values,
-        confidence=_confidence(filler, names),
+        confidence=confidence,
         attempts=filler.attempts,
     )
 
@@ -173,8 +182,11 @@ def _read(processor: Processor, tokens: list[int], own: Field) -> str:
 
 
 def _confidence(filler: GapFiller, names: list[str]) -> dict[str, float]:
+    """Of each field. Raises Cancelled."""
+    if filler.finish_reason == "cancelled":
+        raise Cancelled
     tokens = tuple(filler.row.canvas.tokens)
     probes = [[filler.probe(tokens, place, {place}) for place in range(start, stop)] for start, stop in filler.row.gaps]
-    values = iter(log_probabilities(filler.model, filler.cache, [probe for own in probes for probe in own]))
+    values = iter(filler.log_probabilities([probe for own in probes for probe in own]))
     means = [sum(next(values) for _ in own) / len(own) for own in probes]
     return {name: math.exp(mean) for name, mean in zip(names, means, strict=True)}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 import time
 from collections.abc import Collection, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,17 +15,18 @@ import mlx.core as mx
 
 from .denoising import CanvasRun
 from .errors import PromptError
-from .events import Stats
+from .events import FinishReason, Stats
 from .gaps import Gap, Row, Segment, lay_out, longest_gap, most_tokens
-from .restricting import Restricted
-from .scoring import Probe, empty_thought, log_probabilities, noise_canvases
+from .restricting import InParts, Restricted
+from .scoring import Cancelled, Probe, empty_thought, log_probabilities, noise_canvases
 
 if TYPE_CHECKING:
     from .config import GenerationOptions
+    from .images import PreparedImage
     from .model.diffusion_gemma import DiffusionGemma
     from .processor import Processor, Prompt
 
-TOGETHER = 16  # canvases in one batch
+TOGETHER = 16  # canvases in one batch; how many of them are computed at once is a matter of memory
 EVERY = 32  # combinations of several gaps' fillings, up to which all are tried
 NEIGHBOURS = 4  # tokens after a gap that tell best whether its length is right
 
@@ -47,6 +50,7 @@ class GapFiller:
     ending: what follows the last segment; its last token fills the canvas up, as in training. None: the reply is open,
     and in a gap at the end the model may end it itself.
     options: nothing left open. replies: an empty thought comes first where the model begins its replies with one.
+    cancel: once set, stops within one step; the gaps of the canvas at work stay open.
     Raises PromptError where a gap is longer than `longest_gap` allows, or everything than the context.
     """
 
@@ -60,9 +64,12 @@ class GapFiller:
         options: GenerationOptions,
         *,
         replies: bool,
+        cancel: threading.Event | None = None,
     ):
         self.model, self.processor, self.prompt, self.options = model, processor, prompt, options
         self.segments, self.ending, self.replies = list(segments), ending, replies
+        self.cancelled = cancel.is_set if cancel else lambda: False
+        self.finish_reason: FinishReason = "stop"
         self.length, self.vocabulary = options.canvas_length, model.config.text.vocab_size
         self.noise = noise_canvases(options.seed, 1, self.length, self.vocabulary)[0]
         self.cache = model.make_cache()
@@ -85,18 +92,21 @@ class GapFiller:
                 f"Prompt, text and holes have {total} tokens; beside a canvas, {most} fit this model's context."
             )
 
+    @property
+    def tokens(self) -> list[int]:
+        """The reply, without the gaps that are still open."""
+        return [token for segment in self.segments if not isinstance(segment, Gap) for token in segment]
+
     def run(self) -> Stats:
-        """Fill every gap, in order; `filled`, `attempts` and `steps` say how. Returns what it cost."""
+        """Fill every gap, in order; `filled`, `attempts`, `steps` and `finish_reason` say how. Returns what it cost."""
         mx.reset_peak_memory()
-        started = time.perf_counter()
-        self.model.encode(mx.array([self.prompt.tokens]), self.cache, self.prompt.images or None)
-        self.cache.evaluate()
-        prefilled = time.perf_counter()
-        if self.replies:
-            thought = empty_thought(self.model, self.processor, self.prompt, self.cache, [self.noise])
-            self.segments.insert(0, thought)
-        while any(isinstance(segment, Gap) for segment in self.segments):
-            self._fill_canvas()
+        started = prefilled = time.perf_counter()
+        try:
+            self._prefill(self.prompt.tokens, self.prompt.images)
+            prefilled = time.perf_counter()
+            self._fill()
+        except Cancelled:
+            self.finish_reason = "cancelled"
         return Stats(
             prompt_tokens=len(self.prompt.tokens),
             generated_tokens=sum(map(len, self.filled)),
@@ -105,6 +115,23 @@ class GapFiller:
             denoise_seconds=time.perf_counter() - prefilled,
             peak_memory_bytes=mx.get_peak_memory(),
         )
+
+    def _prefill(self, tokens: Sequence[int], images: Sequence[PreparedImage] = ()) -> None:
+        """Append tokens to the cache."""
+        for _ in self.model.encode_chunks(mx.array([tokens]), self.cache, images):
+            self._check_cancelled()
+
+    def _check_cancelled(self) -> None:
+        if self.cancelled():
+            raise Cancelled
+
+    def _fill(self) -> None:
+        if self.replies:
+            self.segments.insert(
+                0, empty_thought(self.model, self.processor, self.prompt, self.cache, [self.noise], self.cancelled)
+            )
+        while any(isinstance(segment, Gap) for segment in self.segments):
+            self._fill_canvas()
 
     def _fill_canvas(self) -> None:
         """Fill the gaps on the next canvas, and make them part of the text."""
@@ -149,8 +176,7 @@ class GapFiller:
     def _encode(self, before: list[int]) -> None:
         """Append what is new of the text before the canvas to the cache."""
         if len(before) > self.encoded:
-            self.model.encode(mx.array([before[self.encoded :]]), self.cache)
-            self.cache.evaluate()
+            self._prefill(before[self.encoded :])
             self.encoded = len(before)
 
     def _search(self, window: list[Segment]) -> Row:
@@ -184,9 +210,11 @@ class GapFiller:
         """Run the rows together. Once one is done, the others get as many steps again: what fits settles early."""
         if all(all(row.canvas.pinned) for row in rows):
             return rows
-        restricted = any(ids is not None for row in rows for ids in row.allowed)
+        denoiser = InParts(self.model, self.cache.rows_at_once(len(rows)))
+        if any(ids is not None for row in rows for ids in row.allowed):
+            denoiser = Restricted(self.model, [row.allowed for row in rows], denoiser)
         run = CanvasRun(
-            Restricted(self.model, [row.allowed for row in rows]) if restricted else self.model,
+            denoiser,
             self.cache,
             self.options,
             [row.canvas for row in rows],
@@ -195,15 +223,15 @@ class GapFiller:
             number=len(self.steps) - 1,
             attempt=len(self.attempts),
         )
-        steps = run.steps()
         last = self.options.max_steps
-        for step in steps:
-            if any(step.finished):
-                last = min(last, 2 * step.number)
-            if step.number >= last:
-                break
-        steps.close()
-        self.steps[-1] += step.number
+        with closing(run.steps()) as steps:
+            for step in steps:
+                self.steps[-1] += 1
+                self._check_cancelled()
+                if any(step.finished):
+                    last = min(last, 2 * step.number)
+                if step.number >= last:
+                    break
         return [row.filled(tokens) for row, tokens in zip(rows, step.tokens, strict=True)]
 
     def _surprises(self, rows: list[Row]) -> list[float]:
@@ -226,8 +254,12 @@ class GapFiller:
                 left_out |= dict.fromkeys(after, after)
             places = range(row.gaps[0][0], row.gaps[-1][1] + common)
             probes.append([self.probe(tokens, place, left_out.get(place, set())) for place in places])
-        values = iter(log_probabilities(self.model, self.cache, list(itertools.chain.from_iterable(probes))))
+        values = iter(self.log_probabilities(list(itertools.chain.from_iterable(probes))))
         return [-sum(itertools.islice(values, len(own))) for own in probes]
+
+    def log_probabilities(self, probes: Sequence[Probe]) -> list[float]:
+        """See `scoring`. Raises Cancelled."""
+        return log_probabilities(self.model, self.cache, probes, self.cancelled)
 
     def probe(self, tokens: tuple[int, ...], place: int, left_out: Collection[int]) -> Probe:
         """Asks for the token at `place`, with noise at the places that are left out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,8 @@ class Hole:
 
 @dataclass(frozen=True)
 class Infilled(Result):
-    """`text` is the whole text; outside the holes it is what was given, byte for byte.
+    """`text` is the whole text; outside the holes it is what was given, byte for byte. Holes that were not filled yet
+    when it was cancelled (`finish_reason`) are empty in it, and not among `holes`.
 
     holes: what filled each hole. attempts: the lengths tried and their scores. canvases: how many it took; more than
     one where the parts did not fit one together, and then a hole saw only what follows it on its own canvas.
@@ -53,6 +55,7 @@ def infill(
     options: GenerationOptions | None = None,
     *,
     exact: bool = False,
+    cancel: threading.Event | None = None,
 ) -> Infilled:
     """Fill the holes among `parts`.
 
@@ -66,7 +69,7 @@ def infill(
     combinations of several holes' lengths are all tried; where there are more, one hole after the other is varied
     while the others keep their best so far. A hole at the end needs no such search: the model ends it itself.
 
-    Raises PromptError.
+    Setting `cancel` from any thread stops within one step. Raises PromptError.
     """
     settings = request_options(model, options)
     parts = _checked(parts, longest_gap(settings.canvas_length))
@@ -80,13 +83,16 @@ def infill(
     else:
         prompt = processor.prompt(instruction)
     ending = None if isinstance(parts[-1], Hole) else reply_ending(processor, instruction is not None)
-    filler = GapFiller(model, processor, prompt, segments, ending, settings, replies=instruction is not None)
+    filler = GapFiller(
+        model, processor, prompt, segments, ending, settings, replies=instruction is not None, cancel=cancel
+    )
     stats = filler.run()
     holes = [processor.draft_text(tokens) for tokens in filler.filled]
     rest = iter(holes)
     return Infilled(
-        text="".join(next(rest) if isinstance(part, Hole) else part for part in parts),
-        tokens=[token for segment in filler.segments for token in segment],
+        text="".join(next(rest, "") if isinstance(part, Hole) else part for part in parts),
+        tokens=filler.tokens,
+        finish_reason=filler.finish_reason,
         stats=stats,
         holes=holes,
         attempts=filler.attempts,

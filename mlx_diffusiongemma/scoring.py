@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
@@ -27,27 +27,47 @@ class Probe(NamedTuple):
     token: int
 
 
-def log_probabilities(model: DiffusionGemma, cache: Cache, probes: Sequence[Probe]) -> list[float]:
+class Cancelled(Exception):
+    """What is being computed is not wanted any more. Never leaves the request that was cancelled."""
+
+
+def log_probabilities(
+    model: DiffusionGemma, cache: Cache, probes: Sequence[Probe], cancelled: Callable[[], bool] = lambda: False
+) -> list[float]:
     """Of each probe's token after the cached prefix (one row), in nats: temperature 1, nothing conditioned on before.
 
-    The canvases have one length. Each different one is computed once, ROWS together.
+    The canvases have one length. Each different one is computed once, ROWS together or as many as memory allows.
+    Raises Cancelled where `cancelled` says so before one of these batches.
     """
     by_canvas: dict[tuple[int, ...], list[Probe]] = {}
     for probe in dict.fromkeys(probes):
         by_canvas.setdefault(probe.canvas, []).append(probe)
     canvases = list(by_canvas)
     found: dict[Probe, float] = {}
-    for start in range(0, len(canvases), ROWS):
-        together = canvases[start : start + ROWS]
-        hidden = model.denoise(mx.array(together), cache)
-        asked = [(row, probe) for row, canvas in enumerate(together) for probe in by_canvas[canvas]]
-        for first in range(0, len(asked), POSITIONS):
-            few = asked[first : first + POSITIONS]
-            at = hidden[mx.array([row for row, _ in few]), mx.array([probe.position for _, probe in few])]
-            values = _log_softmax_at(model.logits(at[None])[0], mx.array([probe.token for _, probe in few]))
-            found |= zip((probe for _, probe in few), values.tolist(), strict=True)
+    rows = cache.rows_at_once(ROWS)
+    try:
+        for start in range(0, len(canvases), rows):
+            if cancelled():
+                raise Cancelled
+            together = canvases[start : start + rows]
+            hidden = model.denoise(mx.array(together), cache)
+            cache.settle()  # before anything is computed: the canvases are then written in place
+            asked = [(row, probe) for row, canvas in enumerate(together) for probe in by_canvas[canvas]]
+            found |= _read(model, hidden, asked)
+    finally:
         cache.release()
     return [found[probe] for probe in probes]
+
+
+def _read(model: DiffusionGemma, hidden: mx.array, asked: list[tuple[int, Probe]]) -> dict[Probe, float]:
+    """The log probability of each probe's token in its row of hidden [B, L, H]."""
+    found: dict[Probe, float] = {}
+    for first in range(0, len(asked), POSITIONS):
+        few = asked[first : first + POSITIONS]
+        at = hidden[mx.array([row for row, _ in few]), mx.array([probe.position for _, probe in few])]
+        values = _log_softmax_at(model.logits(at[None])[0], mx.array([probe.token for _, probe in few]))
+        found |= zip((probe for _, probe in few), values.tolist(), strict=True)
+    return found
 
 
 def _log_softmax_at(logits: mx.array, tokens: mx.array) -> mx.array:
@@ -61,18 +81,24 @@ def noise_canvases(seed: int, count: int, length: int, vocabulary: int) -> list[
 
 
 def empty_thought(
-    model: DiffusionGemma, processor: Processor, prompt: Prompt, cache: Cache, canvases: list[list[int]]
+    model: DiffusionGemma,
+    processor: Processor,
+    prompt: Prompt,
+    cache: Cache,
+    canvases: list[list[int]],
+    cancelled: Callable[[], bool] = lambda: False,
 ) -> list[int]:
     """The tokens of an empty thought where a reply to `prompt` (encoded in `cache`) begins with one, else none.
 
     Nothing in a checkpoint's files tells: some templates end the prompt with the block, some models write it by
     themselves, and others reply at once. So the model is asked: what it puts first on `canvases` of noise decides.
+    Raises Cancelled, as `log_probabilities`.
     """
     marker = processor.tokenizer.get_vocab().get(THOUGHT)
     block = processor.tokenizer.encode(EMPTY_THOUGHT, add_special_tokens=False)
     if marker is None or prompt.tokens[-len(block) :] == block:
         return []
-    values = log_probabilities(model, cache, [Probe(tuple(canvas), 0, marker) for canvas in canvases])
+    values = log_probabilities(model, cache, [Probe(tuple(canvas), 0, marker) for canvas in canvases], cancelled)
     return block if mean_probability(values) > 0.5 else []
 
 

@@ -3,6 +3,7 @@
 import os
 import stat
 import subprocess
+import threading
 
 import pytest
 from typer.testing import CliRunner
@@ -49,6 +50,13 @@ def test_strength_says_how_much_of_the_span_is_kept(demo):
     messages = [{"role": "user", "content": "reverse canvas"}]
     result = edit(*demo, "savnac", (2, 5), messages, strength=0.1, options=GenerationOptions(seed=0))
     assert result.text == "savnac" and result.diff == ""
+
+
+def test_cancelling_keeps_the_text(demo):
+    cancel = threading.Event()
+    cancel.set()
+    result = edit(*demo, TEXT, (5, 12), "make it async", options=FEW, cancel=cancel)
+    assert result.finish_reason == "cancelled" and result.text == TEXT and result.diff == ""
 
 
 @pytest.mark.parametrize("before", ["a\nb\nc\n", "a\nb\nc", "", "a\r\n\u2028b\x0c\n"])

@@ -2,12 +2,14 @@
 
 import json
 import random
+import threading
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_diffusiongemma import Choice, Digits, GenerationOptions, PromptError, Text, fill, load
+from mlx_diffusiongemma import Choice, Digits, GenerationOptions, PromptError, Text, fill, filling, load
+from mlx_diffusiongemma.filling import _confidence as confidence
 from mlx_diffusiongemma.restricting import Restricted
 
 TEMPLATE = '{"name": "{{name}}", "age": {{age}}}'
@@ -30,6 +32,18 @@ def test_a_form_is_filled_from_its_instruction(demo, name):
     assert json.loads(str(form)) == {"name": "bob", "age": 12} and form.values == {"name": "bob", "age": "12"}
     assert set(form.confidence) == {"name", "age"} and min(form.confidence.values()) > 0.9
     assert form.stats.steps and len(form.attempts) >= 4
+
+
+def test_cancelling_gives_no_values(demo, monkeypatch):
+    cancel = threading.Event()
+    cancel.set()
+    asked = {"name": Text(3), "age": Digits(2)}
+    form = fill(*demo, TEMPLATE, asked, GenerationOptions(max_steps=2), cancel=cancel)
+    assert (form.finish_reason, form.text, form.values) == ("cancelled", "", {})
+    late = threading.Event()
+    monkeypatch.setattr(filling, "_confidence", lambda filler, names: late.set() or confidence(filler, names))
+    form = fill(*demo, TEMPLATE, asked, GenerationOptions(max_steps=2), cancel=late)
+    assert (form.finish_reason, form.text, form.values) == ("cancelled", "", {}) and form.attempts
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -1,14 +1,22 @@
 """Holes in texts: filled so that the text around them comes back byte for byte."""
 
 import json
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
+from random_models import config_json, random_model
 from typer.testing import CliRunner
 
-from mlx_diffusiongemma import Canvas, GenerationOptions, Hole, PromptError, infill, load
+from mlx_diffusiongemma import Canvas, GenerationOptions, Hole, PromptError, accounting, infill, load
 from mlx_diffusiongemma.cli import app
+from mlx_diffusiongemma.config import FULL, SLIDING
+from mlx_diffusiongemma.denoising import CanvasRun
+from mlx_diffusiongemma.gap_filling import GapFiller
 from mlx_diffusiongemma.gaps import Filling, Gap, lay_out, lengths_up_to
+from mlx_diffusiongemma.generation import request_options
+from mlx_diffusiongemma.model import diffusion_gemma
 
 QUESTIONS = Path(__file__).parent / "data" / "tiny" / "prompts.jsonl"
 FEW = GenerationOptions(seed=0, max_steps=2)  # where only the text around the holes matters
@@ -101,6 +109,105 @@ def test_many_holes_are_varied_one_after_the_other(demo):
 def test_the_same_seed_gives_the_same_text(demo):
     parts = ["def mean(xs):\n    ", Hole(3), "\n    return total"]
     assert infill(*demo, parts, None, FEW).text == infill(*demo, parts, None, FEW).text
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_how_many_rows_are_computed_at_once_changes_nothing(demo, at_once, monkeypatch):
+    """Token by token, of every row after every step; 7 rows are three parts of 3, the last of which repeats two."""
+    parts = ["abc", Hole(7), "hij"]
+
+    def run():
+        shown = []
+        original = CanvasRun.steps
+
+        def steps(self):
+            for step in original(self):
+                shown.append(step.tokens)
+                yield step
+
+        monkeypatch.setattr(CanvasRun, "steps", steps)
+        result = infill(*demo, parts, None, GenerationOptions(seed=0, max_steps=3))
+        monkeypatch.setattr(CanvasRun, "steps", original)
+        return result, shown
+
+    whole, all_rows = run()
+    text, length = demo[0].config.text, demo[0].config.canvas_length
+    budget = accounting.rows_bytes(text, length, whole.stats.prompt_tokens, at_once, item=4)
+    monkeypatch.setattr(accounting, "ROWS_BUDGET", budget)
+    few, same_rows = run()
+    assert few.tokens == whole.tokens and few.stats.steps == whole.stats.steps and same_rows == all_rows
+    assert [attempt.lengths for attempt in few.attempts] == [attempt.lengths for attempt in whole.attempts]
+    scores = [[attempt.surprise for attempt in result.attempts] for result in (few, whole)]
+    np.testing.assert_allclose(*scores, rtol=1e-3, atol=1e-3)
+
+
+def test_rows_keep_to_their_budget(demo, monkeypatch):
+    """Of a model whose keys and values are large beside all else; without the budget they would take far more."""
+    _, processor = demo
+    sizes = {"num_key_value_heads": 4, "num_global_key_value_heads": 4, "vocab_size": 384, "sliding_window": 256}
+    model = random_model(config_json([SLIDING, SLIDING, FULL], 32, **sizes), None)
+    monkeypatch.setattr(diffusion_gemma, "PREFILL_CHUNK", 32)  # what reading the prompt takes is not asked here
+    parts, options = ["x" * 600, Hole(8), "y"], GenerationOptions(seed=0, max_steps=2)
+
+    def run(budget):
+        monkeypatch.setattr(accounting, "ROWS_BUDGET", budget)
+        result = infill(model, processor, parts, None, options)
+        return result.stats.peak_memory_bytes, result.tokens
+
+    allowed = accounting.rows_bytes(model.config.text, 32, 600, 3, item=4)
+    (one, tokens), (few, same), (all_at_once, same_again) = (run(budget) for budget in (0, allowed, 2**30))
+    assert one < few <= one + allowed, (one, few, all_at_once, allowed)
+    assert all_at_once > one + allowed, (one, few, all_at_once, allowed)
+    assert tokens == same == same_again
+
+
+class AfterSteps(threading.Event):
+    """Set once a run has asked so many times."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.left = times
+
+    def is_set(self):
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.mark.parametrize(("times", "steps"), [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2)])
+def test_cancelling_leaves_the_holes_open(demo, times, steps):
+    """While reading the prompt, asking for a thought, denoising and scoring."""
+    parts = ["abc", Hole(6), "hij"]
+    result = infill(*demo, parts, "reverse jihgfedcba", FEW, cancel=AfterSteps(times))
+    assert result.finish_reason == "cancelled" and result.text == "abchij" and result.holes == []
+    assert sum(result.stats.steps) == steps
+
+
+def test_cancelling_keeps_what_is_filled(demo):
+    before, after = "x" * 150, "y" * 150
+    parts = [before, Hole(2), after, Hole(2), "z" * 70]
+    whole = infill(*demo, parts, None, FEW, exact=True)
+    asked = AfterSteps(1000)
+    infill(*demo, parts, None, FEW, exact=True, cancel=asked)
+    result = infill(*demo, parts, None, FEW, exact=True, cancel=AfterSteps(1000 - asked.left - 1))
+    assert result.finish_reason == "cancelled" and result.holes == whole.holes[:1]
+    assert result.text == before + whole.holes[0] + after + "z" * 70
+
+
+def test_cancelling_frees_the_canvas(demo):
+    model, processor = demo
+    filler = GapFiller(
+        model,
+        processor,
+        processor.prompt("sort 312"),
+        [Gap((Filling((None,) * 4), Filling((None,) * 5)))],
+        None,
+        request_options(model, FEW),
+        replies=False,
+        cancel=AfterSteps(2),
+    )
+    filler.run()
+    assert filler.finish_reason == "cancelled" and filler.steps == [2]
+    assert all(layer._canvas is None and layer._spread is None for layer in filler.cache.layers)
 
 
 def test_lengths():

@@ -6,14 +6,16 @@ a denoising step neither concatenates nor copies the prefix. What lies past the 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..accounting import CACHE_GROWTH
+from ..accounting import CACHE_GROWTH, rows_at_once
 from ..config import TextConfig
+from ..errors import PromptError
 
 SNAPSHOT_BYTES = 320 * 2**20  # that snapshots may take beside the cache: one of the published model's, 314 MB
 
@@ -83,7 +85,8 @@ class LayerCache:
         """The K/V that a canvas attends to: the visible prefix, then the canvas's own [B', heads, L, head_dim].
 
         B' is the cache's number of rows, or any number where the cache has one row. The prefix stays as it is; the
-        written buffers are adopted by `settle`, which lets the next step write into them in place.
+        written buffers are adopted by `settle`, which lets the next step write into them in place. Until then, another
+        as many canvases are written where these were: in place where the graph has those computed first.
         """
         rows, _, count, _ = keys.shape
         base, start = self._base(keys, values, rows)
@@ -99,7 +102,10 @@ class LayerCache:
         """Buffers of `rows` rows to write a canvas into, and where in them the prefix ends."""
         if self.keys is None:
             return (keys[:, :, :0], values[:, :, :0]), 0
-        if self.keys.shape[0] == rows:
+        is_spread = self.keys.shape[0] != rows
+        if self._canvas is not None and self._canvas[0].shape[0] == rows:
+            return self._canvas, self.visible if is_spread else self.length
+        if not is_spread:
             return (self.keys, self.values), self.length
         if self._spread is None or self._spread[0].shape[0] != rows:
             prefix = slice(self.length - self.visible, self.length)
@@ -170,6 +176,7 @@ class Cache:
         self.labels: list[Label] = []
         self.snapshots: list[Snapshot] = []
         self.layers = [LayerCache(config.sliding_window if layer.is_sliding else None, keep) for layer in config.layers]
+        self._lock = threading.Lock()
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -179,6 +186,11 @@ class Cache:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
+
+    def rows_at_once(self, most: int) -> int:
+        """How many of `most` canvases after this prefix, of one row, can be computed at once: what memory allows."""
+        item = max((array.itemsize for array in self.arrays), default=2)
+        return rows_at_once(self.config, self.keep, self.offset, most, item)
 
     def evaluate(self) -> None:
         """Compute what is still lazy, so that the cache can go to another thread."""
@@ -250,6 +262,18 @@ class Cache:
                 raise ValueError(f"layer {number} has keys of shape {list(layer.keys.shape)} for {length} tokens")
         self.layers, self.labels, self.offset = layers, list(labels), length
         self.padding, self.snapshots = None, []
+
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Held by one request within this. Raises PromptError where another has it."""
+        if not self._lock.acquire(blocking=False):
+            raise PromptError(
+                "This cache is in use by another request; let that one end or close its events, or give each its own."
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     @contextmanager
     def writing(self) -> Iterator[None]:
