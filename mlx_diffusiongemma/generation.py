@@ -6,6 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -49,13 +50,14 @@ def stream(
     `Processor.prompt`. canvas: what to start from instead of noise. options: None is the checkpoint's; `max_tokens`
     and `seed` override it. Setting `cancel` from any thread, or closing the iterator, stops within one step.
     cache: from `model.make_cache()`, kept from one request to the next: what a prompt has in common with what the
-    cache holds is not encoded again, and the reply is the same. One request at a time.
+    cache holds is not encoded again, and the reply is the same. One request at a time: another one is refused while
+    the events of this one are neither read to `Done` nor closed.
     Raises PromptError and CanvasError before anything is computed.
     """
     prepared = processor.prompt(prompt, images=images, tools=tools, thinking=thinking)
     settings = request_options(model, options, max_tokens, seed)
     batch = _Batch(model, processor, [prepared], settings, canvas=canvas, cache=cache, cancel=cancel)
-    return (event for _, event in batch.run())
+    return _events(batch)
 
 
 def generate(
@@ -119,8 +121,10 @@ def generate_batch(
 ) -> list[Result]:
     """Replies to several prompts of any lengths, denoised together; rows that are done wait for the others.
 
-    A row's text depends on the seed and on its place in the batch, not on the other rows.
+    A row's text depends on the seed and on its place in the batch, not on the other rows. Raises PromptError.
     """
+    if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
+        raise PromptError(f"A batch is a list of prompts, not a {type(prompts).__name__}; give a single one in a list.")
     if not prompts:
         raise PromptError("The batch has no prompt; give at least one.")
     prepared = [processor.prompt(prompt) for prompt in prompts]
@@ -166,10 +170,8 @@ class _Batch:
     ):
         self.model, self.processor, self.prompts, self.options = model, processor, prompts, options
         self.kept = cache
-        if cache is not None and (
-            cache.config != model.config.text or cache.padding is not None or len(cache.labels) != cache.offset
-        ):
-            raise PromptError("This cache holds a batch, or prompts of another model; give one of model.make_cache().")
+        with self._cache_reserved():
+            self._check_cache()
         self.canvas = canvas or Canvas([])
         self.canvas.check(model.config.text.vocab_size)
         if len(self.canvas.tokens) > options.max_tokens:
@@ -190,8 +192,25 @@ class _Batch:
                 f"{self.limit - options.canvas_length} fit this model's context of {self.limit}."
             )
 
+    def _cache_reserved(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.kept is None else self.kept.reserved()
+
+    def _check_cache(self) -> None:
+        cache = self.kept
+        if cache is not None and (
+            cache.config != self.model.config.text or cache.padding is not None or len(cache.labels) != cache.offset
+        ):
+            raise PromptError("This cache holds a batch, or prompts of another model; give one of model.make_cache().")
+
     def run(self) -> Iterator[tuple[int, Event]]:
-        """Events of all rows, each with its row."""
+        """Events of all rows, each with its row. Once a `Done` is seen, the cache is free for another request."""
+        with self._cache_reserved():
+            yield from self._reply()
+        for index, row in enumerate(self.rows):
+            yield index, Done(row.finish_reason, row.stats, row.note())
+
+    def _reply(self) -> Iterator[tuple[int, Event]]:
+        """All events but `Done`."""
         mx.reset_peak_memory()
         started = time.perf_counter()
         cache = self.model.make_cache() if self.kept is None else self.kept
@@ -204,14 +223,13 @@ class _Batch:
             if not all(row.finish_reason for row in self.rows):
                 self._encode_canvas(cache)
         ended = time.perf_counter()
-        for index, row in enumerate(self.rows):
+        for row in self.rows:
             row.stats = replace(
                 row.stats,
                 prompt_seconds=prefilled - started,
                 denoise_seconds=ended - prefilled,
                 peak_memory_bytes=mx.get_peak_memory(),
             )
-            yield index, Done(row.finish_reason, row.stats, row.note())
 
     def _prefill(self, cache: Cache) -> Iterator[tuple[int, Event]]:
         lengths = [len(prompt.tokens) for prompt in self.prompts]
@@ -290,6 +308,13 @@ class _Batch:
     def _cancel(self) -> None:
         for row in self.rows:
             row.finish_reason = row.finish_reason or "cancelled"
+
+
+def _events(batch: _Batch) -> Iterator[Event]:
+    """Those of a batch of one row."""
+    with closing(batch.run()) as events:
+        for _, event in events:
+            yield event
 
 
 @dataclass

@@ -142,6 +142,12 @@ def test_draws_depend_on_seed_row_canvas_and_step_only():
     assert (both[:, 0] != both[:, 1]).any()
 
 
+@pytest.mark.parametrize("prompts", ["sort", b"sort", {"a": 1}, 5, None])
+def test_a_batch_is_a_list(prompts):
+    with pytest.raises(PromptError, match="A batch is a list of prompts, not a"):
+        generate_batch(scripted(unsure(LENGTH)), ByteProcessor(), prompts)
+
+
 def test_batches_freeze_finished_rows():
     fast, slow = sure("fast", LENGTH), sure("slow", LENGTH)
     model = scripted([fast, unsure(LENGTH)], [fast, unsure(LENGTH)], [sure("XXXX", LENGTH), slow])

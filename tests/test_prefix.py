@@ -15,7 +15,7 @@ from PIL import Image
 from scripted import ByteProcessor
 
 from mlx_diffusiongemma import GenerationOptions, PromptError, generate, load, stream
-from mlx_diffusiongemma.events import Draft, Event, Prefill
+from mlx_diffusiongemma.events import Done, Draft, Event, Prefill
 from mlx_diffusiongemma.generation import collect
 from mlx_diffusiongemma.images import prepare_image
 from mlx_diffusiongemma.model import diffusion_gemma
@@ -183,6 +183,59 @@ def test_a_cache_of_something_else_is_refused(demo):
     for cache in (batch, other, padded):
         with pytest.raises(PromptError, match="make_cache"):
             stream(model, processor, "sort 31", cache=cache)
+
+
+@pytest.mark.parametrize("way", ["close", "drop", "end", "done", "cancel", "fail"])
+def test_a_cache_in_use_is_refused_until_the_request_is_over(demo, way, monkeypatch):
+    model, processor = demo
+    cache, cancel = model.make_cache(), threading.Event()
+    early = stream(model, processor, "sort 21", cache=cache, max_tokens=8)  # not begun, it uses nothing
+    events = stream(model, processor, "sort 312", cache=cache, seed=0, max_tokens=8, cancel=cancel)
+    next(events)
+    for refused in (lambda: next(early), lambda: stream(model, processor, "sort 21", cache=cache)):
+        with pytest.raises(PromptError, match="in use by another request"):
+            refused()
+    assert generate(model, processor, "sort 21", cache=cache.fork(), max_tokens=8).tokens
+    match way:
+        case "close":
+            events.close()
+        case "drop":
+            del events
+        case "end":
+            list(events)
+        case "done":
+            next(event for event in events if isinstance(event, Done))
+        case "cancel":
+            cancel.set()
+            assert list(events)[-1].finish_reason == "cancelled"
+        case "fail":
+            monkeypatch.setattr(model, "read_vocabulary", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                list(events)
+            monkeypatch.undo()
+    kept = generate(model, processor, "sort 312", cache=cache, seed=0)
+    assert kept.tokens == generate(model, processor, "sort 312", seed=0).tokens
+
+
+def test_of_two_threads_one_gets_the_cache(demo):
+    model, processor = demo
+    cache, together, found = model.make_cache(), threading.Barrier(2), []
+    requests = [stream(model, processor, "sort 312", cache=cache, seed=0, max_tokens=8) for _ in range(2)]
+
+    def begin(events):
+        together.wait()
+        try:
+            found.append(next(events))
+        except PromptError as error:
+            found.append(error)
+        together.wait()  # neither is over before both have tried
+
+    threads = [threading.Thread(target=begin, args=(events,)) for events in requests]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(type(each).__name__ for each in found) == ["Prefill", "PromptError"]
 
 
 def image_prompt(processor, *colours: str, question: str = "colors?") -> Prompt:
