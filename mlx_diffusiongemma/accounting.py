@@ -125,13 +125,16 @@ def _attention_bytes(text: TextConfig, rows: int, keys: int, item: int) -> int:
 
 
 def _vocabulary_bytes(text: TextConfig, rows: int, item: int) -> int:
-    """A block's arrays, then the candidates among which each position draws; the groups' masses all along."""
+    """A block's arrays and a copy of its embeddings, which a CPU makes of plain ones; then the candidates among which
+    each position draws. The groups' masses all along.
+    """
     masses = 4 * rows * -(-text.vocab_size // GROUP)
     whole = 4 * rows * text.vocab_size
     block = min(BLOCK_BUDGET, 4 * rows * BLOCK_TOKENS)
     blocks = BLOCKS_ALIVE * block if whole > block else BLOCKS_ALIVE_ALONE * whole
     candidates = item * min(rows, MEMBER_ROWS) * GROUP * text.hidden_size
-    return masses + max(blocks, 2 * candidates + masses)
+    copy = item * text.hidden_size * (block // (4 * rows) if whole > block else text.vocab_size)
+    return masses + max(blocks + copy, 2 * candidates + masses)
 
 
 def step_operations(config: ModelConfig, context: int) -> dict[str, dict[str, int]]:
