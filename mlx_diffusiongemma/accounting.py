@@ -20,9 +20,9 @@ BLOCKS_ALIVE, BLOCKS_ALIVE_ALONE = 10, 5
 # scores exist; queries are taken in parts that keep them under this.
 SCORE_BUDGET = 256 * 2**20
 # What canvases that share a prefix may add to one when they are computed at once, each with a copy of what it sees of
-# the prefix. More would gain little: the products of one canvas are limited by arithmetic on most Macs already. After
-# 8,192 tokens, two of the published model's fit.
-ROWS_BUDGET = 2**30
+# the prefix. A batch gains little where products are limited by arithmetic, as those of a canvas are on most Macs, so
+# it gets no more than a checkpoint that fits with 5 % to spare leaves beside a snapshot.
+ROWS_BUDGET = 2**29
 
 # And in tokens.
 BLOCK_TOKENS = 8192  # of the vocabulary in a block at most
@@ -36,20 +36,29 @@ CONDITIONING, DENSE, EXPERTS, VOCABULARY = "embedding, self-conditioning", "dens
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the weights, of a prefix's keys and values, and of what one denoising step adds at its peak."""
+    """Bytes of the weights, of a prefix's keys and values, and of what one denoising step adds at its peak. Beside
+    them `snapshot`: what a chat, or any cache that is kept, holds to go back to an earlier prompt.
+    """
 
     weights: int
     cache: int
     step: int
+    snapshot: int
 
     @property
     def total(self) -> int:
+        """To answer a prompt."""
         return self.weights + self.cache + self.step
 
 
 def memory_needed(config: ModelConfig, weights: int, context: int = CONTEXT, item: int = 2) -> Memory:
     """To denoise a canvas after `context` tokens. weights: bytes of the tensors, see `ModelConfig` for the rest."""
-    return Memory(weights, cache_bytes(config, context, item), step_bytes(config, context, item))
+    return Memory(
+        weights,
+        cache_bytes(config, context, item),
+        step_bytes(config, context, item),
+        snapshot_bytes(config, context, item),
+    )
 
 
 def cache_bytes(config: ModelConfig, context: int, item: int = 2) -> int:

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .accounting import CONTEXT, Memory
+from .accounting import CONTEXT, ROWS_BUDGET, Memory
 from .benchmark import Report
 
 BAR = 24  # cells of the longest bar
@@ -25,7 +25,7 @@ def render(report: Report) -> Group:
 
 
 def render_plan(memory: Memory, context: int = CONTEXT) -> Table:
-    """What running needs: weights, keys and values, one step."""
+    """What running needs: weights, keys and values, one step; then what some uses add."""
     table = Table(title=f"Memory with {context:,} tokens of context", title_justify="left")
     table.add_column("part")
     table.add_column("GB", justify="right")
@@ -34,6 +34,9 @@ def render_plan(memory: Memory, context: int = CONTEXT) -> Table:
         table.add_row(name, f"{size / 1e9:.3f}", bar(size / memory.total))
     table.add_section()
     table.add_row("in all", f"{memory.total / 1e9:.3f}", "")
+    table.add_section()
+    table.add_row("beside it, a chat's way back", f"{memory.snapshot / 1e9:.3f}", "")
+    table.add_row("beside it, infilling, at most", f"{ROWS_BUDGET / 1e9:.3f}", "")
     return table
 
 

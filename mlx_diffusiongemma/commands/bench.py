@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -31,7 +32,7 @@ def bench(
     if plan:
         memory = plan_memory(model or default_model(), context)
         if as_json:
-            typer.echo(json.dumps({"weights": memory.weights, "cache": memory.cache, "step": memory.step}))
+            typer.echo(json.dumps(asdict(memory)))
         else:
             Console().print(render_plan(memory, context))
         return
