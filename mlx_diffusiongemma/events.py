@@ -46,7 +46,8 @@ class Draft:
     """One denoising step. `tokens` is the argmax canvas, which is what would be committed now.
 
     `accepted` marks the positions whose sample goes into the next step's canvas; `entropy` is in nats per position,
-    after the step's temperature. `step` counts from 1.
+    after the step's temperature. `step` counts from 1. `parts` are what the reply would gain, told apart as in
+    `Commit`, and `text` is the visible part of it. `pieces` says what each token adds to them, of whatever kind.
     """
 
     canvas: int
@@ -56,6 +57,8 @@ class Draft:
     accepted: list[bool]
     entropy: list[float]
     text: str
+    parts: list[Part] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
 
     @property
     def mean_entropy(self) -> float:

@@ -16,7 +16,7 @@ from .canvas import Canvas
 from .config import GenerationOptions
 from .denoising import CanvasRun, Step
 from .errors import CanvasError, PromptError
-from .events import Commit, Done, Draft, Event, FinishReason, Part, Prefill, Result, Stats
+from .events import Commit, Done, Draft, Event, FinishReason, Part, Prefill, Result, Stats, join_text
 from .prefix import encode_prompt
 from .replies import merge, reply_from_parts
 from .stops import StopStrings
@@ -339,6 +339,9 @@ class _Row:
     def draft(self, number: int, step: Step, index: int) -> Draft:
         self.canvas, self.steps = step.tokens[index], step.number
         before_end, _ = _cut_at_end(self.canvas, self.options.end_tokens)
+        by_token = self.parser.preview(before_end)
+        parts = merge([part for own in by_token for part in own])
+        pieces = ["".join(text for _, text in own) for own in by_token]
         return Draft(
             canvas=number,
             step=step.number,
@@ -346,7 +349,9 @@ class _Row:
             tokens=self.canvas,
             accepted=step.accepted[index],
             entropy=step.entropy[index],
-            text=self.processor.draft_text(before_end),
+            text=join_text(parts),
+            parts=parts,
+            pieces=pieces + [""] * (len(self.canvas) - len(pieces)),
         )
 
     def is_empty(self) -> bool:

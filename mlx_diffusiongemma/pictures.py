@@ -206,7 +206,7 @@ def _screens(trace: list[Traced], columns: int) -> Iterator[tuple[float, list[Ro
             case Draft() as draft:
                 status = f"canvas {draft.canvas + 1} · step {draft.step}/{draft.max_steps}"
                 status += f" · entropy {draft.mean_entropy:.3f}"
-                spans = [("committed", text), *draft_spans(draft, traced.pieces, _style)]
+                spans = [("committed", text), *draft_spans(draft, _style)]
                 yield traced.seconds, layout(spans, columns, words=True)[-MOST_ROWS:], status
             case Commit() as commit:
                 text += printable(commit.text)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Literal
 
 from .events import Part, PartKind, Reply, join_text
@@ -71,6 +72,14 @@ class ReplyParser:
                 self._mark(name)
         self._read(self._detokenizer.last_segment)
         return self._take()
+
+    def preview(self, tokens: Sequence[int]) -> list[list[Part]]:
+        """What each of `tokens` would add to a reply that ended after the last of them. The parser stays as it is."""
+        twin = copy(self)
+        twin._detokenizer, twin._parts = _forked(self._detokenizer), self._parts[:]
+        twin._text, twin._thoughts = copy(self._text), self._thoughts.fork()
+        parts = [twin.feed([token]) for token in tokens]
+        return [*parts[:-1], parts[-1] + twin.finish()] if parts else []
 
     def finish(self) -> list[Part]:
         """The reply is over: return what was held back. The parser is then spent."""
@@ -143,6 +152,16 @@ class ReplyParser:
         return merge(parts)
 
 
+def _forked(detokenizer: StreamingDetokenizer) -> StreamingDetokenizer:
+    """A copy that goes its own way. Its state is what `reset` makes anew; all else is the tokenizer's."""
+    fork = copy(detokenizer)
+    fork.reset()
+    for name, value in vars(detokenizer).items():
+        if vars(fork)[name] is not value:
+            setattr(fork, name, copy(value))
+    return fork
+
+
 def merge(parts: Sequence[Part]) -> list[Part]:
     """`parts` with neighbouring pieces of text, and of thinking, joined."""
     merged: list[Part] = []
@@ -199,6 +218,11 @@ class _Thoughts:
         self._in_header = True
         self._separator = ""
         self._begun = False
+
+    def fork(self) -> _Thoughts:
+        twin = copy(self)
+        twin._spelled = copy(self._spelled)
+        return twin
 
     def feed(self, text: str) -> str:
         return self._accept(self._spelled.feed(text))

@@ -15,8 +15,6 @@ from .layout import Row, Span, layout, printable
 if TYPE_CHECKING:
     from .config import GenerationOptions
 
-Decode = Callable[[list[int]], str]
-Pieces = Callable[[Draft], list[str] | None]
 
 FRAME_SECONDS = 0.05
 RESET, NOISE = "\x1b[0m", "\x1b[2m"
@@ -29,31 +27,18 @@ def show(
     *,
     live: bool | None = None,
     heat: bool = False,
-    decode: Decode | None = None,
     options: GenerationOptions | None = None,
 ) -> Done:
     """Play `events` to the end: the reply's text goes to stdout as it is committed, all else to stderr.
 
     live: draw the canvas in place below the text; None: where stdout and stderr are both terminals and NO_COLOR is not
     set. Otherwise a terminal on stderr gets one line of progress, and anything else nothing. heat: colour tokens by
-    their entropy. decode: the text of token ids (`processor.draft_text`), without which no token is coloured. options:
-    what the request runs with; lets the temperature be shown. On a terminal, the reply ends with a line break.
+    their entropy. options: what the request runs with; lets the temperature be shown. On a terminal, the reply ends
+    with a line break.
     """
-    return play(events, live=live, heat=heat, pieces=TokenTexts(decode) if decode else None, options=options)
-
-
-def play(
-    events: Iterable[Event],
-    *,
-    live: bool | None,
-    heat: bool,
-    pieces: Pieces | None,
-    options: GenerationOptions | None = None,
-) -> Done:
-    """`show`, with a function that splits a draft's text into its tokens' texts, or gives None where it cannot."""
     if live is None:
         live = _can_draw(sys.stdout) and _can_draw(sys.stderr) and not os.environ.get("NO_COLOR")
-    view = _View(sys.stdout, sys.stderr, live=live, heat=heat, pieces=pieces, options=options)
+    view = _View(sys.stdout, sys.stderr, live=live, heat=heat, options=options)
     done = Done("cancelled", Stats())
     try:
         for event in events:
@@ -97,53 +82,12 @@ def _can_draw(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-class TokenTexts:
-    """Splits a draft's text into its tokens' texts, so that tokens can be coloured; each id is decoded once."""
-
-    def __init__(self, decode: Decode):
-        self.decode = decode
-        self.known: dict[int, str] = {}
-
-    def __call__(self, draft: Draft) -> list[str] | None:
-        """A text per token, which join up to `draft.text`; None where the ids do not decode one by one."""
-        pieces: list[str] = []
-        parts: list[int] = []  # of a character that takes several tokens: they decode only together
-        for token in draft.tokens:
-            piece = self._text(token)
-            if piece and "\ufffd" not in piece:
-                pieces += [*self._together(parts), piece]
-                parts = []
-            else:
-                parts.append(token)
-        pieces += self._together(parts)
-        return _cut(pieces, draft.text)
-
-    def _text(self, token: int) -> str:
-        if token not in self.known:
-            self.known[token] = self.decode([token])
-        return self.known[token]
-
-    def _together(self, tokens: list[int]) -> list[str]:
-        return [self.decode(tokens)] + [""] * (len(tokens) - 1) if tokens else []
-
-
-def _cut(pieces: list[str], text: str) -> list[str] | None:
-    """`pieces` up to the end of `text`, where it begins what they join up to."""
-    if not "".join(pieces).startswith(text):
-        return None
-    cut, room = [], len(text)
-    for piece in pieces:
-        cut.append(piece[:room])
-        room -= len(cut[-1])
-    return cut
-
-
-def draft_spans(draft: Draft, pieces: list[str] | None, style: Callable[[bool, float], str]) -> list[Span]:
-    """A draft's text for `layout`. style: from whether a token is accepted and its entropy in nats."""
-    if pieces is None:
+def draft_spans(draft: Draft, style: Callable[[bool, float], str]) -> list[Span]:
+    """A draft for `layout`, thoughts and calls too. style: from whether a token is accepted and its entropy in nats."""
+    if not draft.pieces:
         return [(style(True, 0.0), printable(draft.text))]
     spans: list[Span] = []
-    for piece, accepted, entropy in zip(pieces, draft.accepted, draft.entropy, strict=True):
+    for piece, accepted, entropy in zip(draft.pieces, draft.accepted, draft.entropy, strict=True):
         wanted, text = style(accepted, entropy), printable(piece)
         if spans and spans[-1][0] == wanted:
             text = spans.pop()[1] + text
@@ -161,10 +105,9 @@ class _View:
         *,
         live: bool,
         heat: bool,
-        pieces: Pieces | None,
         options: GenerationOptions | None,
     ):
-        self.out, self.live, self.heat, self.pieces, self.options = out, live, heat, pieces, options
+        self.out, self.live, self.heat, self.options = out, live, heat, options
         self.region = _Region(err) if live or _can_draw(err) else None
         self.tame = out.isatty()  # a terminal obeys control characters; a file gets the reply as it is
         self.line = ""  # of the reply: not on stdout yet, so that the region can be drawn below what is
@@ -242,7 +185,7 @@ class _View:
         line = ("", self.line)
         if not self.live or not self.draft:
             return [line]
-        return [line, *draft_spans(self.draft, self.pieces and self.pieces(self.draft), self._style)]
+        return [line, *draft_spans(self.draft, self._style)]
 
     def _style(self, accepted: bool, entropy: float) -> str:
         warmth = next(style for limit, style in HEAT if entropy <= limit) if self.heat else ""

@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import Any
 
 from .errors import PromptError
-from .events import Commit, Done, Draft, Event, Prefill, Stats
-from .terminal import Decode, TokenTexts, play
+from .events import Commit, Done, Draft, Event, Part, Prefill, Stats
+from .terminal import show
 
 LONGEST_PAUSE = 1.0  # seconds that a replay waits for an event
 USUAL_PAUSE = 0.1  # where the file holds no times
@@ -20,11 +20,10 @@ USUAL_PAUSE = 0.1  # where the file holds no times
 
 @dataclass(frozen=True)
 class Traced:
-    """An event, when it came, in seconds after the first, and for a draft the text of each token, where known."""
+    """An event, and when it came, in seconds after the first."""
 
     event: Event
     seconds: float
-    pieces: list[str] | None = None
 
 
 def event_json(event: Event) -> str:
@@ -35,24 +34,20 @@ def event_json(event: Event) -> str:
 class TraceWriter:
     """Writes the events of one request to the file at `path`, a line each; whatever stops it, it can be replayed.
 
-    decode: the text of token ids (`processor.draft_text`), without which a replay colours no token.
     Raises PromptError where the file cannot be written.
     """
 
-    def __init__(self, path: str | Path, decode: Decode | None = None):
+    def __init__(self, path: str | Path):
         try:
             self.file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
             raise PromptError(f"The trace cannot be written to {path} ({error.strerror}); give another path.") from None
-        self.pieces = TokenTexts(decode) if decode else None
         self.started: float | None = None
 
     def write(self, event: Event) -> None:
         now = time.monotonic()
         self.started = now if self.started is None else self.started
         content = _fields(event) | {"time": round(now - self.started, 4)}
-        if self.pieces and isinstance(event, Draft):
-            content["pieces"] = self.pieces(event)
         self.file.write(_line(content) + "\n")
 
     def watch(self, events: Iterable[Event]) -> Iterator[Event]:
@@ -84,8 +79,7 @@ def read_trace(path: str | Path) -> list[Traced]:
         try:
             content = json.loads(line)
             seconds = float(content.get("time", USUAL_PAUSE * len(trace)))
-            event = _event(content)
-            trace.append(Traced(event, seconds, _pieces(content, event)))
+            trace.append(Traced(_event(content), seconds))
         except (AttributeError, KeyError, TypeError, ValueError):
             raise PromptError(
                 f"{path} is not a trace: line {number} holds no event; give a file that `--trace` wrote."
@@ -100,9 +94,7 @@ def replay(path: str | Path, speed: float = 1.0, *, live: bool | None = None, he
     """
     if not speed > 0:
         raise PromptError(f"The speed is {speed:g}; give a number above 0.")
-    trace = read_trace(path)
-    pieces = {id(traced.event): traced.pieces for traced in trace}
-    return play(_paced(trace, speed), live=live, heat=heat, pieces=lambda draft: pieces[id(draft)])
+    return show(_paced(read_trace(path), speed), live=live, heat=heat)
 
 
 def _paced(trace: list[Traced], speed: float) -> Iterator[Event]:
@@ -142,8 +134,7 @@ def _event(content: dict[str, Any]) -> Event:
             return _draft(content)
         case "commit":
             tokens = [int(token) for token in content["tokens"]]
-            parts = [(kind, str(text)) for kind, text in content["parts"]]
-            return Commit(int(content["canvas"]), tokens, parts, int(content["steps"]))
+            return Commit(int(content["canvas"]), tokens, _parts(content["parts"]), int(content["steps"]))
         case "done":
             stats = {field.name: content["stats"][field.name] for field in fields(Stats)}
             return Done(content["finish_reason"], Stats(**stats), content.get("note", ""))
@@ -155,16 +146,12 @@ def _draft(content: dict[str, Any]) -> Draft:
     tokens = [int(token) for token in content["tokens"]]
     accepted = [bool(accepted) for accepted in content["accepted"]]
     entropy = [float(entropy) for entropy in content["entropy"]]
-    if not tokens or len({len(tokens), len(accepted), len(entropy)}) > 1:
-        raise ValueError("a draft needs as many tokens as marks and entropies")
+    pieces = [str(piece) for piece in content.get("pieces") or []]
+    if not tokens or len({len(tokens), len(accepted), len(entropy), len(pieces) or len(tokens)}) > 1:
+        raise ValueError("a draft needs as many tokens as marks, entropies and pieces")
     numbers = (int(content[name]) for name in ("canvas", "step", "max_steps"))
-    return Draft(*numbers, tokens, accepted, entropy, str(content["text"]))
+    return Draft(*numbers, tokens, accepted, entropy, str(content["text"]), _parts(content.get("parts", ())), pieces)
 
 
-def _pieces(content: dict[str, Any], event: Event) -> list[str] | None:
-    pieces = content.get("pieces")
-    if pieces is None or not isinstance(event, Draft):
-        return None
-    if len(pieces) != len(event.tokens):
-        raise ValueError("a draft needs as many pieces as tokens")
-    return [str(piece) for piece in pieces]
+def _parts(pairs: Iterable[Any]) -> list[Part]:
+    return [(kind, str(text)) for kind, text in pairs]

@@ -106,7 +106,9 @@ class ByteProcessor:
 
     def reply_parser(self, prompt=None):
         return SimpleNamespace(
-            feed=lambda tokens: [("text", self.draft_text(tokens))] if tokens else [], finish=lambda: []
+            feed=lambda tokens: [("text", self.draft_text(tokens))] if tokens else [],
+            preview=lambda tokens: [[("text", self.draft_text([token]))] for token in tokens],
+            finish=lambda: [],
         )
 
 

@@ -1,5 +1,6 @@
 """Replies from token ids: what they say, and that nothing a model can write raises or leaks."""
 
+import itertools
 import json
 import random
 import re
@@ -10,7 +11,8 @@ import pytest
 from scripted import END, ByteProcessor, ScriptedModel
 from templates import demo_processor
 
-from mlx_diffusiongemma import GenerationOptions, Prompt, ToolCall, generate
+from mlx_diffusiongemma import GenerationOptions, Prompt, ToolCall, generate, load, stream
+from mlx_diffusiongemma.events import Commit, Draft
 from mlx_diffusiongemma.replies import MARKERS, reply_from_parts
 from mlx_diffusiongemma.tools import parse_tool_calls
 
@@ -300,9 +302,20 @@ def test_fuzz(processor):
         parser, parts = processor.reply_parser(), []
         while tokens:
             cut = generator.randrange(1, 12)
+            previewed = parser.preview(tokens)
+            assert len(previewed) == len(tokens)
+            assert reply_from_parts([*parts, *itertools.chain.from_iterable(previewed)]) == reply, number
             parts += parser.feed(tokens[:cut])
             tokens = tokens[cut:]
         assert reply_from_parts([*parts, *parser.finish()]) == reply, number
+
+
+def test_a_preview_says_which_token_adds_what(processor):
+    tokens = ids(processor, "<|channel>thought\nhm ha\n<channel|>é" + CALL)
+    previewed = processor.reply_parser().preview(tokens)
+    assert previewed[0] == [] and previewed[-1][0][0] == "tool_call"
+    assert reply_from_parts(list(itertools.chain.from_iterable(previewed))) == processor.parse(tokens)
+    assert processor.reply_parser().preview([]) == []
 
 
 def test_fuzz_no_header_is_shown(processor):
@@ -326,3 +339,21 @@ def test_drafts_read_as_text_whatever_their_ids(processor):
     )
     assert processor.draft_text(ids(processor, "a😀")[:-1]) == "a"
     assert processor.draft_text([]) == ""
+
+
+def test_drafts_of_a_thinking_reply_tell_its_parts(demo_float32):
+    model, processor = load(demo_float32)
+    question = next(question for question in EVAL if question["thinking"])
+    prompt = processor.prompt(question["messages"], thinking=True)
+    kinds = set()
+    for event in stream(model, processor, prompt, max_tokens=192, seed=0):
+        if isinstance(event, Draft):
+            draft = event
+            kinds |= {kind for kind, _ in draft.parts}
+            assert draft.text == "".join(text for kind, text in draft.parts if kind == "text")
+            assert "".join(draft.pieces) == "".join(text for _, text in draft.parts)
+            assert len(draft.pieces) == len(draft.tokens) and "thought" not in draft.text
+        if isinstance(event, Commit):
+            committed = "".join(text for _, text in event.parts)
+            assert committed and "".join(draft.pieces).startswith(committed)
+    assert kinds == {"thinking", "text"}

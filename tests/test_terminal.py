@@ -8,7 +8,7 @@ import pytest
 from mlx_diffusiongemma import terminal
 from mlx_diffusiongemma.events import Commit, Done, Draft, Prefill, Stats
 from mlx_diffusiongemma.layout import Row, clusters, layout, printable
-from mlx_diffusiongemma.terminal import TokenTexts, show, statistics_line
+from mlx_diffusiongemma.terminal import show, statistics_line
 
 
 class Screen:
@@ -145,15 +145,12 @@ def screen(monkeypatch):
 def draft(text, canvas=0, step=1, accepted=None):
     """A draft whose tokens are its characters."""
     marks = accepted or [True] * len(text)
-    return Draft(canvas, step, 48, [ord(c) for c in text], marks, [0.0 if a else 2.0 for a in marks] or [0.0], text)
+    entropy = [0.0 if a else 2.0 for a in marks] or [0.0]
+    return Draft(canvas, step, 48, [ord(c) for c in text], marks, entropy, text, [("text", text)], list(text))
 
 
 def commit(text, canvas=0, steps=3):
     return Commit(canvas, [], [("thinking", "hidden"), ("text", text)], steps)
-
-
-def decode(tokens):
-    return "".join(map(chr, tokens))
 
 
 DONE = Done("stop", Stats())
@@ -208,10 +205,10 @@ def test_every_frame_is_one_write_with_the_cursor_shown_after_it(screen):
 
 
 def test_tokens_still_noise_are_dim(screen):
-    show([draft("yes no", accepted=[True] * 4 + [False] * 2)], decode=decode)
+    show([draft("yes no", accepted=[True] * 4 + [False] * 2)])
     assert screen.styled == [(terminal.NOISE, "n"), (terminal.NOISE, "o")]
     screen.styled.clear()
-    show([draft("yes no", accepted=[True] * 4 + [False] * 2)], decode=decode, heat=True)
+    show([draft("yes no", accepted=[True] * 4 + [False] * 2)], heat=True)
     assert [character for _, character in screen.styled] == ["n", "o"]
     assert screen.styled[0][0] == terminal.NOISE + "\x1b[31m"
 
@@ -225,7 +222,7 @@ def test_model_output_cannot_command_the_terminal(screen):
         yield commit("ok " + hostile)
         yield DONE
 
-    show(events(), decode=decode)
+    show(events())
     assert screen.text == ["ok ␛[2J␛[H␍␈␇�1A�␡␀", ""]
 
 
@@ -242,7 +239,7 @@ def test_wide_characters_wrap_whole(screen, columns):
         assert max(sum(width for _, width in clusters(row)) for row in rows) <= columns
         yield commit(text)
 
-    show(events(), decode=decode)
+    show(events())
     assert "".join(screen.text).replace(" ", "") == ("前" + text).replace(" ", "")
 
 
@@ -259,7 +256,7 @@ def test_a_resize_between_frames_leaves_nothing_behind(screen, sizes):
             assert screen.text[0] == "Committed."
         yield commit("line.")
 
-    show(events(), decode=decode)
+    show(events())
     assert screen.text == ["Committed.", "Unfinished line.", ""]
 
 
@@ -366,20 +363,6 @@ def test_the_status_line_gives_up_its_last_parts_first(screen):
     screen.columns = 24
     show([draft("x")], options=options)
     assert screen.err.text.count("canvas 1 · step 1/48\x1b") == 1
-
-
-def test_token_texts_join_up_to_the_draft():
-    table = {0: "a", 1: " b", 2: "", 3: "", 4: "c"}
-
-    def decode(tokens):  # 2 and 3 are the halves of a character
-        return "".join(table[t] for t in tokens) if tokens != [2, 3] else "é"
-
-    def split(tokens, text):
-        return TokenTexts(decode)(Draft(0, 1, 1, tokens, [], [], text))
-
-    assert split([0, 2, 3, 1], "aé b") == ["a", "é", "", " b"]
-    assert split([0, 1, 4], "a ") == ["a", " ", ""]
-    assert split([0, 1], "other") is None
 
 
 def test_layout():

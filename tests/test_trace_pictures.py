@@ -19,8 +19,9 @@ def traced(text, steps=3, canvas=0, start=0.0):
     for step in range(1, steps + 1):
         accepted = [position * steps < len(text) * step for position in range(len(text))]
         entropy = [0.0 if a else 3.0 / step for a in accepted]
-        event = Draft(canvas, step, 48, [ord(c) for c in text], accepted, entropy, text)
-        yield Traced(event, start + 0.1 * step, list(text))
+        tokens = [ord(c) for c in text]
+        event = Draft(canvas, step, 48, tokens, accepted, entropy, text, [("text", text)], list(text))
+        yield Traced(event, start + 0.1 * step)
     yield Traced(Commit(canvas, [], [("text", text)], steps), start + 0.1 * steps)
 
 

@@ -133,7 +133,7 @@ class _Chat:
         cancel = threading.Event()
         options = self.session.options.filled_from(self.session.model.options)
         with interrupts(cancel):
-            done = show(send(cancel), live=self.live, decode=self.session.processor.draft_text, options=options)
+            done = show(send(cancel), live=self.live, options=options)
         end_line()
         typer.secho(statistics_line(done.stats), err=True, dim=True)
         if done.note:

@@ -20,7 +20,7 @@ def demo(seed: Seed = 0, live: LiveCanvas = None) -> None:
     model, processor = load(directory)
     for task in TASKS:
         typer.secho(f"> {task}", err=True, bold=True)
-        done = show(stream(model, processor, task, seed=seed), live=live, decode=processor.draft_text)
+        done = show(stream(model, processor, task, seed=seed), live=live)
         end_line()
         typer.secho(statistics_line(done.stats), err=True, dim=True)
 

@@ -82,14 +82,12 @@ def generate(
     events = stream(loaded, processor, request, options=options)
     with ExitStack() as stack:
         if trace:
-            events = stack.enter_context(TraceWriter(trace, processor.draft_text)).watch(events)
+            events = stack.enter_context(TraceWriter(trace)).watch(events)
         if as_json:
             for event in events:
                 typer.echo(event_json(event))
             return
-        done = show(
-            events, live=live, heat=heat, decode=processor.draft_text, options=options.filled_from(loaded.options)
-        )
+        done = show(events, live=live, heat=heat, options=options.filled_from(loaded.options))
     end_line()
     typer.echo(statistics_line(done.stats), err=True)
     if done.note:
