@@ -40,7 +40,7 @@ def load(
     """A converted checkpoint's model and processor, weights in memory and safe to use from any thread.
 
     path_or_repo: a directory or a Hugging Face repository, which is downloaded first. progress: called with layers
-    done and their number. fuse: join projections of one input; without it, every module computes on its own.
+    done and their number. fuse: on a GPU, join projections of one input; without it, every module computes on its own.
     Bounds MLX's cache of freed memory, and warns (MemoryWarning) where a long prompt will not fit.
     Raises CheckpointError.
     """
@@ -64,7 +64,7 @@ def load(
     if has_vision:
         # Only their names and shapes: the weights themselves are read when an image first needs them.
         _fill(VisionModel(config.vision, config.text.hidden_size), vision, directory, config.quantization, ENCODER)
-    _evaluate(model, directory, progress, fuse)
+    _evaluate(model, directory, progress, fuse and _fusing_pays())
     return model, processor
 
 
@@ -176,6 +176,13 @@ def _quantize(
     except ValueError as error:
         raise CheckpointError(f"{directory}: config.json's quantization does not work ({error}).") from None
     add_tensor_scales(module, {name.removeprefix(prefix): array for name, array in weights.items()})
+
+
+def _fusing_pays() -> bool:
+    """It saves a GPU launches. What is joined leaves a CPU's caches: q, k and v of the published sizes in 8 bits, which
+    take 0.96 s for 64 tokens, take 1.16 s.
+    """
+    return mx.default_device() == mx.gpu
 
 
 def _evaluate(model: DiffusionGemma, directory: Path, progress: Progress | None, fuse: bool) -> None:

@@ -10,7 +10,7 @@ from conftest import DEMO
 from mlx.utils import tree_flatten
 
 import mlx_diffusiongemma
-from mlx_diffusiongemma import CheckpointError, generate, load
+from mlx_diffusiongemma import CheckpointError, generate, load, loading
 from mlx_diffusiongemma.convert import convert_checkpoint
 from mlx_diffusiongemma.model import vocabulary
 
@@ -73,10 +73,12 @@ def test_a_vocabulary_of_any_width_is_read_in_blocks_as_at_once(bits, tmp_path, 
 
 
 @pytest.mark.parametrize("checkpoint", ["demo_float32", "demo_4bit"])
-def test_fusing_leaves_names_values_and_text_as_they_are(checkpoint, request):
+def test_fusing_leaves_names_values_and_text_as_they_are(checkpoint, request, monkeypatch):
     directory = request.getfixturevalue(checkpoint)
+    monkeypatch.setattr(loading, "_fusing_pays", lambda: True)  # as on a GPU
     fused, processor = load(directory)
     plain, _ = load(directory, fuse=False)
+    assert fused.model.decoder.layers[0].self_attn._fused and not plain.model.decoder.layers[0].self_attn._fused
     ours, theirs = (dict(tree_flatten(model.parameters())) for model in (fused, plain))
     assert ours.keys() == theirs.keys()
     assert all(mx.array_equal(ours[name], theirs[name]) for name in ours)
@@ -86,7 +88,9 @@ def test_fusing_leaves_names_values_and_text_as_they_are(checkpoint, request):
     )
 
 
-def test_fused_weights_are_not_stored_twice(demo_float32):
+def test_fused_weights_are_not_stored_twice(demo_float32, monkeypatch):
+    monkeypatch.setattr(loading, "_fusing_pays", lambda: True)
+
     def size(fuse):
         before = mx.get_active_memory()
         model, _ = load(demo_float32, fuse=fuse)
