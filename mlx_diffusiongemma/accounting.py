@@ -21,7 +21,7 @@ BLOCKS_ALIVE, BLOCKS_ALIVE_ALONE = 10, 5
 SCORE_BUDGET = 256 * 2**20
 # What canvases that share a prefix may add to one when they are computed at once, each with a copy of what it sees of
 # the prefix. A batch gains little where products are limited by arithmetic, as those of a canvas are on most Macs, so
-# it gets no more than a checkpoint that fits with 5 % to spare leaves beside a snapshot.
+# it gets what a checkpoint that fits with 5 % to spare leaves, from 13 GB on. Rows also hold some 0.1 GB of states.
 ROWS_BUDGET = 2**29
 
 # And in tokens.

@@ -27,8 +27,7 @@ from .denoising import CanvasRun
 from .errors import CheckpointError
 from .events import Commit, Done
 from .generation import stream
-from .hub import is_repository
-from .loading import find_checkpoint
+from .hub import download_snapshot, is_repository
 from .paths import user_path
 from .step_profile import Component, measure_step
 
@@ -271,14 +270,19 @@ def measure_autoregressive(source: str, prompts: Sequence[str] = PROMPTS, max_to
 
     source: a directory or a hub repository in mlx-lm's format. Raises CheckpointError.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from mlx_lm import stream_generate
-    from mlx_lm.utils import load
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load
 
-    directory = find_checkpoint(source)
+    files = DEFAULT_ALLOW_PATTERNS
+    directory = download_snapshot(source, None, files) if is_repository(source) else user_path(source)
     try:
         model, tokenizer = load(str(directory))[:2]
     # mlx-lm raises what its files' readers raise.
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
+    except (
+        *(OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError),
+        StrictDataclassError,
+    ) as error:
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise CheckpointError(f"mlx-lm cannot load {source} ({reason}); give a model that it can run.") from None
     if not tokenizer.has_chat_template:

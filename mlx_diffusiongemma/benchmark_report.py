@@ -19,7 +19,7 @@ def render(report: Report) -> Group:
     if report.against:
         ratio = report.natural.tokens_per_second / report.against.tokens_per_second
         parts.append(
-            Text(f"On the same prompts this writes {ratio:.2g}× as fast as {report.against.model} through mlx-lm.")
+            Text(f"On the same prompts this writes {ratio:.3g}× as fast as {report.against.model} through mlx-lm.")
         )
     return Group(*parts)
 
@@ -36,7 +36,7 @@ def render_plan(memory: Memory, context: int = CONTEXT) -> Table:
     table.add_row("in all", f"{memory.total / 1e9:.3f}", "")
     table.add_section()
     table.add_row("beside it, a chat's way back", f"{memory.snapshot / 1e9:.3f}", "")
-    table.add_row("beside it, infilling, at most", f"{ROWS_BUDGET / 1e9:.3f}", "")
+    table.add_row("beside it, infilling, about", f"{ROWS_BUDGET / 1e9:.3f}", "")
     return table
 
 

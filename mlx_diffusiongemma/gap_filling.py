@@ -100,19 +100,21 @@ class GapFiller:
     def run(self) -> Stats:
         """Fill every gap, in order; `filled`, `attempts`, `steps` and `finish_reason` say how. Returns what it cost."""
         mx.reset_peak_memory()
-        started = prefilled = time.perf_counter()
+        started, prefilled = time.perf_counter(), None
         try:
             self._prefill(self.prompt.tokens, self.prompt.images)
             prefilled = time.perf_counter()
             self._fill()
         except Cancelled:
             self.finish_reason = "cancelled"
+        ended = time.perf_counter()
+        prefilled = prefilled or ended
         return Stats(
             prompt_tokens=len(self.prompt.tokens),
             generated_tokens=sum(map(len, self.filled)),
             steps=self.steps,
             prompt_seconds=prefilled - started,
-            denoise_seconds=time.perf_counter() - prefilled,
+            denoise_seconds=ended - prefilled,
             peak_memory_bytes=mx.get_peak_memory(),
         )
 
@@ -212,7 +214,7 @@ class GapFiller:
             return rows
         denoiser = InParts(self.model, self.cache.rows_at_once(len(rows)))
         if any(ids is not None for row in rows for ids in row.allowed):
-            denoiser = Restricted(self.model, [row.allowed for row in rows], denoiser)
+            denoiser = Restricted(self.model, denoiser, [row.allowed for row in rows])
         run = CanvasRun(
             denoiser,
             self.cache,

@@ -340,6 +340,7 @@ class _Row:
         self.canvas, self.steps = step.tokens[index], step.number
         before_end, _ = _cut_at_end(self.canvas, self.options.end_tokens)
         by_token = self.parser.preview(before_end)
+        by_token[0][:0] = self.stops.held_parts
         parts = merge([part for own in by_token for part in own])
         pieces = ["".join(text for _, text in own) for own in by_token]
         return Draft(

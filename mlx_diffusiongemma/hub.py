@@ -44,8 +44,9 @@ def download_snapshot(repository: str, revision: str | None, patterns: Sequence[
 
 
 def bytes_to_download(source: str | Path, revision: str | None, patterns: Sequence[str]) -> int:
-    """The size of what `download_snapshot` would fetch now. 0 for a directory, and where the hub does not say: the
-    download may do without it, or reports what is wrong. Raises CheckpointError as `is_repository` does.
+    """The most that `download_snapshot` would fetch now: all files but those that it had already, of this commit. 0 for
+    a directory, and where the hub does not say: the download may do without it, or reports what is wrong. Raises
+    CheckpointError as `is_repository` does.
     """
     if not is_repository(source):
         return 0

@@ -174,8 +174,8 @@ def sample_video(
     fps = VIDEO_FPS if fps is None else fps
     if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
         raise PromptError(f"A video takes a whole number of frames, at least 1, not {frames!r}.")
-    if not isinstance(fps, int | float) or not SLOWEST_FPS <= fps < math.inf:
-        raise PromptError(f"A video's frames per second are a number above 0, not {fps!r}.")
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not SLOWEST_FPS <= fps < math.inf:
+        raise PromptError(f"A video's frames per second are a number, at least {SLOWEST_FPS:f}, not {fps!r}.")
     if isinstance(source, Image.Image):
         with _one_sentence("The video", VIDEO):
             yield from _sample_animation(source, frames)
@@ -240,13 +240,15 @@ def _sample_animation(image: Image.Image, frames: int) -> Iterator[tuple[Image.I
         )
     chosen = set(_evenly_spaced(frames, total))
     seconds = 0.0
-    for index in range(total):
-        image.seek(index)
-        image.load()  # some formats know a frame's duration only then
-        if index in chosen:
-            yield _upright_rgb(image), seconds
-        seconds += image.info.get("duration", 0) / 1000
-    image.seek(0)  # it may be the caller's
+    try:
+        for index in range(total):
+            image.seek(index)
+            image.load()  # some formats know a frame's duration only then
+            if index in chosen:
+                yield _upright_rgb(image), seconds
+            seconds += image.info.get("duration", 0) / 1000
+    finally:
+        image.seek(0)  # it may be the caller's
 
 
 def _evenly_spaced(count: int, total: int) -> list[int]:

@@ -108,18 +108,22 @@ class Processor:
         text = _expand_pictures(text, pictures)
         return Prompt(text, self._encode(text), tuple(image for picture in pictures for image in _images(picture)))
 
-    def parts(
+    def content(
         self,
+        text: str,
         images: Sequence[ImageSource | PreparedImage] = (),
         videos: Sequence[VideoSource | PreparedVideo] = (),
-    ) -> list[dict[str, Any]]:
-        """Message parts that hold these, prepared: prompts made of them read no file again. Raises PromptError."""
+    ) -> str | list[dict[str, Any]]:
+        """A message's content: `text` after images and videos, if any, which are prepared: prompts made of them read no
+        file again. Raises PromptError.
+        """
         _check_list("images", images)
         _check_list("videos", videos)
-        return [
+        parts = [
             *({"type": "image", "image": self.prepare_image(image)} for image in images),
             *({"type": "video", "video": self.prepare_video(video)} for video in videos),
         ]
+        return [*parts, {"type": "text", "text": text}] if parts else text
 
     def prepare_image(
         self, source: ImageSource | PreparedImage, *, budget: int | None = None, allow_urls: bool = False
@@ -278,9 +282,14 @@ def _expand_pictures(text: str, pictures: Sequence[PreparedImage | PreparedVideo
     if not pictures:
         return text
     pieces = text.split(IMAGE)
-    if len(pieces) != len(pictures) + 1:
+    if len(pieces) <= len(pictures):
         raise PromptError(
-            f"The prompt has {len(pieces) - 1} places for {len(pictures)} images and videos; "
+            f"The checkpoint's chat template shows {len(pieces) - 1} of the {len(pictures)} images and videos in the "
+            "messages; put them into user messages."
+        )
+    if len(pieces) > len(pictures) + 1:
+        raise PromptError(
+            f"The prompt has {len(pieces) - 1} places, and images and videos for {len(pictures)}; "
             f"leave {IMAGE} out of its text."
         )
     return pieces[0] + "".join(_room(picture) + piece for picture, piece in zip(pictures, pieces[1:], strict=True))

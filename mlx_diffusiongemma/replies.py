@@ -74,12 +74,15 @@ class ReplyParser:
         return self._take()
 
     def preview(self, tokens: Sequence[int]) -> list[list[Part]]:
-        """What each of `tokens` would add to a reply that ended after the last of them. The parser stays as it is."""
+        """What each of `tokens` would add to a reply that ended after the last of them, which adds what was held back
+        too; a single item where there are none. The parser stays as it is.
+        """
         twin = copy(self)
         twin._detokenizer, twin._parts = _forked(self._detokenizer), self._parts[:]
         twin._text, twin._thoughts = copy(self._text), self._thoughts.fork()
-        parts = [twin.feed([token]) for token in tokens]
-        return [*parts[:-1], parts[-1] + twin.finish()] if parts else []
+        parts = [twin.feed([token]) for token in tokens] or [[]]
+        parts[-1] += twin.finish()
+        return parts
 
     def finish(self) -> list[Part]:
         """The reply is over: return what was held back. The parser is then spent."""

@@ -65,14 +65,14 @@ class InParts:
 
 
 class Restricted:
-    """`denoiser`, or by default `model`, where `allowed` [rows][positions] says what each position may hold.
+    """`denoiser`, which is `model` or computes as it does, where `allowed` [rows][positions] says what a position may be.
 
     Argmax, sample, entropy and soft embedding of a restricted position are those of the model's distribution over its
     allowed tokens. Meant for short lists of ids: their logits are computed at every position.
     """
 
-    def __init__(self, model: DiffusionGemma, allowed: Sequence[Sequence[Allowed]], denoiser: Denoiser | None = None):
-        self.model, self.denoiser = model, denoiser or model
+    def __init__(self, model: DiffusionGemma, denoiser: Denoiser, allowed: Sequence[Sequence[Allowed]]):
+        self.model, self.denoiser = model, denoiser
         kinds = dict.fromkeys(ids for row in allowed for ids in row if ids is not None)
         self.kinds = [(mx.array(ids), mx.array([[own == ids for own in row] for row in allowed])) for ids in kinds]
 

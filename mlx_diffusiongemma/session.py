@@ -76,9 +76,7 @@ class ChatSession:
         """
         if self.tool_calls:
             raise PromptError("The last reply called tools; give their results with send_tool_results, or undo it.")
-        parts = self.processor.parts(images, videos)
-        content = [*parts, {"type": "text", "text": text}] if parts else text
-        return self._turn([{"role": "user", "content": content}], cancel)
+        return self._turn([{"role": "user", "content": self.processor.content(text, images, videos)}], cancel)
 
     def ask(
         self,

@@ -134,9 +134,9 @@ def _picture_as_json(value: Any, images: list[PreparedImage]) -> dict[str, Any]:
 
 
 def _picture_from_json(value: dict[str, Any], arrays: Arrays) -> Any:
-    if VIDEO in value:
+    if value.keys() == {VIDEO, "times"}:
         return PreparedVideo(tuple(value[VIDEO]), tuple(value["times"]))
-    if IMAGE not in value:
+    if value.keys() != {IMAGE, "soft_tokens", "digest"}:
         return value
     pixels, positions = (np.array(arrays[f"images.{value[IMAGE]}.{name}"]) for name in ("pixels", "positions"))
     return PreparedImage(pixels, positions, value["soft_tokens"], value["digest"])

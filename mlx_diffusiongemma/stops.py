@@ -14,6 +14,11 @@ class StopStrings:
         self.stops = stops
         self.held = ""
 
+    @property
+    def held_parts(self) -> list[Part]:
+        """What comes before the next parts, unless it becomes a stop string with them."""
+        return [("text", self.held)] if self.held else []
+
     def take(self, tokens: list[int], feed: Callable[[list[int]], list[Part]]) -> tuple[list[int], list[Part], bool]:
         """The tokens up to a stop string, their parts without it, and whether one was found."""
         if not self.stops:
@@ -37,7 +42,7 @@ class StopStrings:
 
     def _flush(self) -> list[Part]:
         """What was held back: no stop string comes of it any more."""
-        held = [("text", self.held)] if self.held else []
+        held = self.held_parts
         self.held = ""
         return held
 

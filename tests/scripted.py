@@ -107,7 +107,7 @@ class ByteProcessor:
     def reply_parser(self, prompt=None):
         return SimpleNamespace(
             feed=lambda tokens: [("text", self.draft_text(tokens))] if tokens else [],
-            preview=lambda tokens: [[("text", self.draft_text([token]))] for token in tokens],
+            preview=lambda tokens: [[("text", self.draft_text([token]))] for token in tokens] or [[]],
             finish=lambda: [],
         )
 

@@ -93,11 +93,16 @@ def test_an_autoregressive_model_beside_it(report, tmp_path):
     assert f"as {rival.model} through mlx-lm" in text_of(render(compared)).replace("\n", " ")
 
 
-@pytest.mark.parametrize("missing", ["everything", "config.json", "chat_template.jinja", "model.safetensors"])
-def test_a_rival_that_cannot_run(missing, tmp_path):
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("name", ["everything", "config.json", "chat_template.jinja", "model.safetensors"])
+def test_a_rival_that_cannot_run(name, damaged, tmp_path):
     directory = tmp_path / "llama"
-    if missing != "everything":
-        (write_llama(directory) / missing).unlink()
+    if name != "everything":
+        write_llama(directory)
+        (directory / name).unlink()
+    if damaged and name != "chat_template.jinja":
+        directory.mkdir(exist_ok=True)
+        (directory / name).write_text("junk")
     with pytest.raises(CheckpointError, match=re.escape(str(directory))):
         benchmark.measure_autoregressive(str(directory), ["sort 53142"], max_tokens=5)
 

@@ -144,7 +144,7 @@ def mlx_dg(server, *arguments, **environment):
 
 
 def said_size(files):
-    return f"To download: {sum(path.stat().st_size for path in files) / 1e6:.1f} MB of"
+    return f"To download: up to {sum(path.stat().st_size for path in files) / 1e6:.1f} MB of"
 
 
 def test_a_repository_is_loaded_and_its_size_said_before(server, tmp_path):

@@ -100,7 +100,7 @@ class ThinkingProcessor(ByteProcessor):
                 kind[0] = "text" if chr(token) == "." else kind[0]
             return parts
 
-        return SimpleNamespace(feed=feed, preview=lambda tokens: [[]] * len(tokens), finish=lambda: [])
+        return SimpleNamespace(feed=feed, preview=lambda tokens: [[] for _ in tokens] or [[]], finish=lambda: [])
 
 
 @pytest.mark.parametrize(("text", "noted"), [("thinking", True), ("a.answer", False)])

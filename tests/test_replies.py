@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -49,6 +50,41 @@ def test_stop_strings_are_found_in_what_the_parser_holds_back(processor, stop, t
     result = generate(model, Processor(), "q", options=options)
     assert result.text == text
     assert result.finish_reason == ("length" if full and stop == "<|" else "stop")
+
+
+@pytest.mark.parametrize(
+    ("texts", "stop"),
+    [
+        (["one <", ""], ()),
+        (["ok<|tool_call>call:f{}", ""], ()),
+        (["ok<|tool_call>call:", "f{}<tool_call|>"], ()),
+        (["<|channel>thought\nh", "m\n<channel|>yes"], ()),
+        (["one E", "AT two"], ("END",)),
+        (["one E", "ND two"], ("END",)),
+        (["one E", ""], ("END",)),
+    ],
+)
+def test_the_last_draft_begins_with_what_is_committed(processor, texts, stop):
+    """Also where the parser or a stop string held something back at the end of a canvas."""
+
+    class Processor(ByteProcessor):
+        def reply_parser(self, prompt=None):
+            return processor.reply_parser()
+
+    first, last = (ids(processor, text) for text in texts)
+    length = max(len(first), len(last) + 1)
+    canvases = [[*ids(processor, "." * (length - len(first))), *first], [*last, *[END] * length][:length]]
+    logits = [30.0 * (mx.arange(400) == mx.array(c)[:, None])[None].astype(mx.float32) for c in canvases]
+    model = ScriptedModel([logits[0]] * 2 + [logits[1]] * 2, length)
+    model.config.text.vocab_size = 400
+    model.options = replace(model.options, max_steps=2)
+    for event in stream(model, Processor(), "q", options=GenerationOptions(stop=stop, seed=0)):
+        if isinstance(event, Draft):
+            draft = event
+        if isinstance(event, Commit):
+            assert draft.text.startswith(event.text)
+            assert "".join(draft.pieces).startswith("".join(text for _, text in event.parts))
+            assert len(draft.pieces) == length
 
 
 def read(processor, text):
@@ -303,7 +339,7 @@ def test_fuzz(processor):
         while tokens:
             cut = generator.randrange(1, 12)
             previewed = parser.preview(tokens)
-            assert len(previewed) == len(tokens)
+            assert len(previewed) == max(len(tokens), 1)
             assert reply_from_parts([*parts, *itertools.chain.from_iterable(previewed)]) == reply, number
             parts += parser.feed(tokens[:cut])
             tokens = tokens[cut:]
@@ -315,7 +351,7 @@ def test_a_preview_says_which_token_adds_what(processor):
     previewed = processor.reply_parser().preview(tokens)
     assert previewed[0] == [] and previewed[-1][0][0] == "tool_call"
     assert reply_from_parts(list(itertools.chain.from_iterable(previewed))) == processor.parse(tokens)
-    assert processor.reply_parser().preview([]) == []
+    assert processor.reply_parser().preview([]) == [[]]
 
 
 def test_fuzz_no_header_is_shown(processor):

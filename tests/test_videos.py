@@ -158,18 +158,18 @@ def test_a_checkpoint_that_cannot_see():
     blind = Processor.from_directory(DEMO, replace(ModelConfig.from_directory(DEMO), vision=None))
     for ask in (
         lambda: blind.prompt([user(video(gif("red")))]),
-        lambda: blind.parts(videos=[gif("red")]),
+        lambda: blind.content("x", videos=[gif("red")]),
         lambda: blind.prepare_video(gif("red")),
     ):
         with pytest.raises(PromptError, match="cannot see images"):
             ask()
-    assert blind.parts() == []
+    assert blind.content("x") == "x"
 
 
-def test_parts_takes_lists(processor):
+def test_content_takes_lists(processor):
     for given in ({"images": "a.png"}, {"videos": "a.gif"}, {"videos": b"GIF"}, {"videos": None}):
         with pytest.raises(PromptError, match="takes a list"):
-            processor.parts(**given)
+            processor.content("x", **given)
 
 
 @pytest.fixture(scope="module")

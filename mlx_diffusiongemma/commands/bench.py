@@ -8,13 +8,13 @@ from typing import Annotated
 
 import typer
 
-from .common import Model, default_model, load_model
+from .common import Model, announce_download, default_model, load_model
 
 
 def bench(
     model: Model = None,
     steps: Annotated[str, typer.Option("--steps", help="Fixed amounts of work, comma-separated.")] = "8,16",
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", help="Most tokens per answer.")] = 512,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", min=1, help="Most tokens per answer.")] = 512,
     against: Annotated[
         str | None,
         typer.Option("--against", metavar="PATH|REPO", help="An autoregressive model for mlx-lm to run beside it."),
@@ -28,6 +28,7 @@ def bench(
 
     from ..benchmark import measure_autoregressive, plan_memory, run_benchmark
     from ..benchmark_report import render, render_plan
+    from ..hub import is_repository
 
     if plan:
         memory = plan_memory(model or default_model(), context)
@@ -39,6 +40,11 @@ def bench(
     counts = _counts(steps)
     rival = None
     if against:
+        from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+
+        model = model or default_model()
+        is_repository(model)  # or it is something that only fails once the other has run
+        announce_download(against, None, DEFAULT_ALLOW_PATTERNS)
         _log(f"the prompts' answers of {against}")
         rival = measure_autoregressive(against, max_tokens=max_tokens)
     loaded, processor = load_model(model)

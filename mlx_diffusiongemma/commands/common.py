@@ -56,7 +56,7 @@ def announce_download(source: str, revision: str | None, patterns: Sequence[str]
     count = bytes_to_download(source, revision, patterns)
     if count:
         size = f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-        typer.echo(f"To download: {size} of {source}", err=True)
+        typer.echo(f"To download: up to {size} of {source}", err=True)
 
 
 def default_model() -> str:

@@ -105,8 +105,7 @@ def _request(
 ) -> Prompt:
     if raw:
         return processor.raw_prompt(text)
-    parts = processor.parts(images, videos)
-    messages = [{"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}]
+    messages = [{"role": "user", "content": processor.content(text, images, videos)}]
     if system:
         messages.insert(0, {"role": "system", "content": system})
     return processor.prompt(messages, thinking=thinking)
