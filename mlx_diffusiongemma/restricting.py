@@ -65,7 +65,7 @@ class InParts:
 
 
 class Restricted:
-    """`denoiser`, which is `model` or computes as it does, where `allowed` [rows][positions] says what a position may be.
+    """`denoiser`, which computes as `model` does, where `allowed` [rows][positions] says what a position may hold.
 
     Argmax, sample, entropy and soft embedding of a restricted position are those of the model's distribution over its
     allowed tokens. Meant for short lists of ids: their logits are computed at every position.
