@@ -24,10 +24,11 @@ SCORE_BUDGET = 256 * 2**20
 # it gets what a checkpoint that fits with 5 % to spare leaves, from 13 GB on. Rows also hold some 0.1 GB of states.
 ROWS_BUDGET = 2**29
 
-# And in tokens.
+# And in tokens, or canvases.
 BLOCK_TOKENS = 8192  # of the vocabulary in a block at most
 CACHE_GROWTH = 1024  # what a full layer's buffer grows by
 GROUP = 32  # tokens whose probabilities are summed before one of them is drawn
+TOGETHER = 16  # canvases that infilling compares as one batch
 MEMBER_ROWS = 256  # positions whose groups' embeddings exist at once while that one is drawn
 
 SLIDING_ATTENTION, FULL_ATTENTION = "attention, sliding", "attention, full"
@@ -36,14 +37,17 @@ CONDITIONING, DENSE, EXPERTS, VOCABULARY = "embedding, self-conditioning", "dens
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the weights, of a prefix's keys and values, and of what one denoising step adds at its peak. Beside
-    them `snapshot`: what a chat, or any cache that is kept, holds to go back to an earlier prompt.
+    """Bytes of the weights, of a prefix's keys and values, and of what one denoising step adds at its peak.
+
+    Beside them, `snapshot` is what a chat, or any cache that is kept, holds to go back to an earlier prompt; `rows`
+    what infilling adds, which denoises several canvases at once.
     """
 
     weights: int
     cache: int
     step: int
     snapshot: int
+    rows: int
 
     @property
     def total(self) -> int:
@@ -53,11 +57,13 @@ class Memory:
 
 def memory_needed(config: ModelConfig, weights: int, context: int = CONTEXT, item: int = 2) -> Memory:
     """To denoise a canvas after `context` tokens. weights: bytes of the tensors, see `ModelConfig` for the rest."""
+    text, canvas = config.text, config.canvas_length
     return Memory(
         weights,
         cache_bytes(config, context, item),
         step_bytes(config, context, item),
         snapshot_bytes(config, context, item),
+        rows_bytes(text, canvas, context, rows_at_once(text, canvas, context, TOGETHER, item), item),
     )
 
 

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .accounting import CONTEXT, ROWS_BUDGET, Memory
+from .accounting import CONTEXT, Memory
 from .benchmark import Report
 
 BAR = 24  # cells of the longest bar
@@ -36,7 +36,7 @@ def render_plan(memory: Memory, context: int = CONTEXT) -> Table:
     table.add_row("in all", f"{memory.total / 1e9:.3f}", "")
     table.add_section()
     table.add_row("beside it, a chat's way back", f"{memory.snapshot / 1e9:.3f}", "")
-    table.add_row("beside it, infilling, about", f"{ROWS_BUDGET / 1e9:.3f}", "")
+    table.add_row("beside it, infilling", f"{memory.rows / 1e9:.3f}", "")
     return table
 
 

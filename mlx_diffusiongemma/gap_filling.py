@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from .accounting import TOGETHER
 from .denoising import CanvasRun
 from .errors import PromptError
 from .events import FinishReason, Stats
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from .model.diffusion_gemma import DiffusionGemma
     from .processor import Processor, Prompt
 
-TOGETHER = 16  # canvases in one batch; how many of them are computed at once is a matter of memory
 EVERY = 32  # combinations of several gaps' fillings, up to which all are tried
 NEIGHBOURS = 4  # tokens after a gap that tell best whether its length is right
 
