@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -52,6 +53,8 @@ app = typer.Typer(
 
 
 def main() -> None:
+    # Pillow's remarks on odd files; what cannot be read is an error of ours.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     app()
 
 

@@ -370,9 +370,12 @@ class _Row:
             attempts = self.stats.retries + 1
             times = f", {attempts} times in a row" if attempts > 1 else ""
             return f"The model ended its reply before the first word{times}; ask for more than that, or rephrase."
-        if self.finish_reason == "length" and {kind for kind, _ in self.parts} == {"thinking"}:
+        reply = reply_from_parts(self.parts)
+        if self.finish_reason != "length" or reply.text or reply.tool_calls:
+            return ""
+        if reply.thinking:
             return f"The thought took all {len(self.tokens)} tokens; raise max_tokens, or ask without thinking."
-        return ""
+        return f"The {len(self.tokens)} tokens asked for end before the reply's first word; raise max_tokens."
 
     def commit(self, number: int, out_of_context: bool) -> Commit:
         """Take the canvas in: up to an end token, a stop string or the last token asked for."""

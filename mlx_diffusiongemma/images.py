@@ -276,7 +276,10 @@ def _file(source: str | os.PathLike[str] | bytes, allow_urls: bool) -> str | io.
         return io.BytesIO(_decode_data_url(text))
     if scheme.startswith(("http://", "https://")):
         if not allow_urls:
-            raise PromptError(f"{_shortened(text)} is on the network; allow URLs, or download it and give the file.")
+            raise PromptError(
+                f"{_shortened(text)} is on the network; download it and give the file, or in Python pass "
+                "allow_urls=True to processor.prompt."
+            )
         return io.BytesIO(_download(text))
     return text
 

@@ -148,7 +148,7 @@ def _tool_call(call: Any, identity: str, where: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # not JSON, or a number of thousands of digits
             raise PromptError(f"{where}: the arguments of {function['name']!r} are not valid JSON.") from None
     if arguments is None:
         arguments = {}

@@ -23,14 +23,10 @@ def encode_prompt(model: DiffusionGemma, cache: Cache, prompt: Prompt) -> Iterat
     the part that is done. What `rewind` will be asked for next is kept: the prompt's end, behind which the reply goes,
     and the place where this prompt parts from the last, if that was out of reach.
     """
-    labels = model.labels(prompt.tokens, prompt.images)
-    blocks = image_blocks(prompt.tokens, model.config.image_token_id) if prompt.images else []
-    shared = _common(labels, cache.labels)
-    # An image's tokens see each other both ways: it is reused as a whole or not at all.
-    shared = next((first for first, last in blocks if first < shared < last), shared)
-    cache.rewind(shared)
+    blocks = _image_blocks(model, prompt)
+    shared = rewind_to_common(model, cache, prompt)
     yield cache.offset
-    for stop in (shared, len(labels)):
+    for stop in (shared, len(prompt.tokens)):
         start = cache.offset
         if start < stop:
             images = [image for image, (first, _) in zip(prompt.images, blocks, strict=True) if start <= first < stop]
@@ -38,6 +34,21 @@ def encode_prompt(model: DiffusionGemma, cache: Cache, prompt: Prompt) -> Iterat
                 yield start + done
             cache.snapshot()
     cache.snapshot()
+
+
+def rewind_to_common(model: DiffusionGemma, cache: Cache, prompt: Prompt) -> int:
+    """Make `cache` hold the beginning of `prompt`, as much of it as it has and can go back to. How many tokens the two
+    had in common, which can be more.
+    """
+    shared = _common(model.labels(prompt.tokens, prompt.images), cache.labels)
+    # An image's tokens see each other both ways: it is reused as a whole or not at all.
+    shared = next((first for first, last in _image_blocks(model, prompt) if first < shared < last), shared)
+    cache.rewind(shared)
+    return shared
+
+
+def _image_blocks(model: DiffusionGemma, prompt: Prompt) -> list[tuple[int, int]]:
+    return image_blocks(prompt.tokens, model.config.image_token_id) if prompt.images else []
 
 
 def _common(first: Sequence[Label], second: Sequence[Label]) -> int:

@@ -136,7 +136,7 @@ class Processor:
             return source
         return prepare_image(
             source,
-            budget=budget or self.image_budget,
+            budget=self.image_budget if budget is None else budget,
             patch_size=vision.patch_size,
             pooling=vision.pooling_kernel_size,
             allow_urls=allow_urls,

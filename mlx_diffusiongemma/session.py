@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import PromptError
 from .events import Commit, Done, Event, Part, Reply, Result
 from .generation import collect, stream
+from .prefix import rewind_to_common
 from .replies import reply_from_parts
 from .session_file import read_session, write_session
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .config import GenerationOptions
     from .images import ImageSource, PreparedImage, PreparedVideo, VideoSource
     from .messages import Message
+    from .model.cache import Cache
     from .model.diffusion_gemma import DiffusionGemma
     from .processor import Processor
     from .tools import Tool
@@ -94,6 +96,8 @@ class ChatSession:
 
         A result is text, a number, a mapping or whatever else JSON can hold. Raises PromptError.
         """
+        if not isinstance(results, Sequence) or isinstance(results, str | bytes):
+            raise PromptError(f"Tool results are a list, one for each call, not a {type(results).__name__}.")
         calls = self.tool_calls
         if not calls or len(results) != len(calls):
             raise PromptError(f"The last reply called {len(calls)} tools; {len(results)} results were given.")
@@ -122,10 +126,21 @@ class ChatSession:
         """
         with self._alone():
             conversation = {"system": self.system, "thinking": self.thinking, "messages": list(self._turns)}
-            cache = self._cache.fork()
-            if cache.snapshots:  # what came after the last prompt was read as it was drafted, not as history has it
-                cache.rewind(cache.snapshots[-1].offset)
-            write_session(path, self.model, conversation, cache)
+            write_session(path, self.model, conversation, self._read_so_far())
+
+    def _read_so_far(self) -> Cache:
+        """The part of the cache that belongs to the conversation: nothing of turns that were undone, nor of the last
+        reply, which was read as it was drafted and not as history has it.
+        """
+        cache, messages = self._cache.fork(), self.messages
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if self._turns:
+            prompt = self.processor.prompt(messages, tools=self.tools, thinking=self.thinking)
+            rewind_to_common(self.model, cache, prompt)
+        else:
+            cache.clear()
+        return cache
 
     def restore(self, path: str | Path) -> None:
         """Go on with the conversation in the file at `path`, instead of this one. Raises PromptError where there is no

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ def write_session(path: str | Path, model: DiffusionGemma, conversation: dict[st
     conversation: what JSON can hold, `PreparedImage`s and `PreparedVideo`s. Raises PromptError where it cannot be
     written.
     """
-    path = Path(path)
+    path = _checked(path)
     images: list[PreparedImage] = []
     try:
         text = json.dumps([conversation, cache.labels], default=lambda value: _picture_as_json(value, images))
@@ -56,15 +57,16 @@ def write_session(path: str | Path, model: DiffusionGemma, conversation: dict[st
     except (OSError, RuntimeError) as error:
         raise PromptError(f"The conversation cannot be saved to {path} ({error}); give another path.") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # what kept it from being written keeps it from being there
+            part.unlink(missing_ok=True)
 
 
 def read_session(path: str | Path, model: DiffusionGemma) -> tuple[dict[str, Any], Cache]:
     """What `write_session` saved with the same model. Raises PromptError for a path without a file, CheckpointError for
     a file that is something else, damaged, or of another model.
     """
-    path = Path(path)
-    if not path.is_file():
+    path = _checked(path)
+    if not os.path.isfile(path):  # which a name that is too long is not, where `Path.is_file` raises
         raise PromptError(f"There is no file {path}; give one that a session was saved to.")
     arrays, metadata = _read(path)
     if metadata.get("kind") != KIND:
@@ -83,11 +85,20 @@ def read_session(path: str | Path, model: DiffusionGemma) -> tuple[dict[str, Any
     try:
         conversation, labels = json.loads(text, object_hook=lambda value: _picture_from_json(value, arrays))
         normalize_messages([{"role": "user", "content": ""}, *conversation["messages"]])
+        if not isinstance(conversation["system"], str | None) or not isinstance(conversation["thinking"], bool):
+            raise ValueError("its instructions are no text, or its thinking is neither on nor off")
         cache.adopt(arrays, labels)
-    except (ValueError, TypeError, KeyError, PromptError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError, PromptError) as error:
         raise CheckpointError(f"{path} does not hold a session of this model ({error}); save it again.") from None
     cache.snapshot()
     return conversation, cache
+
+
+def _checked(path: str | Path) -> Path:
+    """Raises PromptError where `path` cannot be one."""
+    if not isinstance(path, str | os.PathLike) or "\0" in os.fspath(path):
+        raise PromptError(f"{path!r} is not the path of a file; give one as text.")
+    return Path(path)
 
 
 def fingerprint(model: DiffusionGemma) -> str:

@@ -61,7 +61,7 @@ def _schema_of_function(function: Callable[..., Any]) -> dict[str, Any]:
 
     try:
         return get_json_schema(function)
-    except (DocstringParsingException, TypeHintParsingException, NameError, ValueError) as error:
+    except (DocstringParsingException, TypeHintParsingException, NameError, ValueError, TypeError) as error:
         name = getattr(function, "__name__", repr(function))
         reason = " ".join(str(error).split()).rstrip(".")
         raise PromptError(

@@ -190,7 +190,7 @@ BAD = {
     "huge": (png_header(60_000, 60_000), "more than 89 million"),
     "large": (png_header(9_500, 9_500), "9500 × 9500 pixels"),
     "no pixels": (Image.new("RGB", (0, 5)), "has no pixels"),
-    "network": ("https://example.com/cat.png", "allow URLs"),
+    "network": ("https://example.com/cat.png", "allow_urls=True"),
     "no comma": ("data:image/png;base64", "no comma"),
     "bad base64": ("data:image/png;base64,####", "not valid base64"),
     "data of text": ("data:text/html,<b>cat</b>", "not {kind} in a known format"),

@@ -24,6 +24,7 @@ from mlx_diffusiongemma.convert.headers import write_header
 from mlx_diffusiongemma.events import Done, Draft
 from mlx_diffusiongemma.images import PreparedImage
 from mlx_diffusiongemma.model.cache import Cache
+from mlx_diffusiongemma.session_file import read_session
 
 OPTIONS = GenerationOptions(seed=0, max_tokens=128, max_steps=8)
 
@@ -367,3 +368,32 @@ def test_what_cannot_be_saved_is_one_sentence(chat, tmp_path):
         chat.save(taken)
     assert list(tmp_path.iterdir()) == [taken]
     assert chat.ask("sort 53142").finish_reason == "stop"
+
+
+@pytest.mark.parametrize("path", ["file/x", "x" * 300, "a\0b", "", None, 5])
+def test_paths_that_cannot_be_are_one_sentence(chat, tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    chat.ask("sort 53142")
+    for act in (chat.save, chat.restore):
+        with pytest.raises(PromptError) as caught:
+            act(path)
+        assert "\n" not in str(caught.value)
+    assert len(chat.messages) == 2 and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_what_was_undone_is_not_saved(chat, demo, tmp_path, left):
+    for question in ["sort 53142"] * left + ["reverse qwxyz"]:
+        chat.ask(question)
+    chat.undo()
+    chat.save(tmp_path / "undone")
+    kept = read_session(tmp_path / "undone", demo[0])[1].labels
+    assert "qwxyz" not in demo[1].tokenizer.decode([label for label in kept if isinstance(label, int)])
+    assert bool(kept) == bool(left)
+
+
+@pytest.mark.parametrize("results", [None, 5, "text"])
+def test_results_that_are_no_list(chat, results):
+    with pytest.raises(PromptError, match="are a list"):
+        chat.send_tool_results(results)

@@ -135,7 +135,7 @@ REFUSED = {
     "an assistant's video": ([{"role": "assistant", "content": [video(gif("red"))]}], "only user and tool messages"),
     "a file that is none": ([user(video(b"nothing"))], "not a video in a known format"),
     "a missing file": ([user(video("/nowhere.gif"))], "/nowhere.gif"),
-    "on the network": ([user(video("https://example.com/a.gif"))], "allow URLs"),
+    "on the network": ([user(video("https://example.com/a.gif"))], "allow_urls"),
     "no frames": ([user(video([]))], "no frames"),
     "a number": ([user(video(3))], "not a int"),
     "frames that are none": ([user(video([still("red"), 3]))], "not a int"),

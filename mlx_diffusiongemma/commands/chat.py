@@ -100,9 +100,9 @@ class _Chat:
 
     def _take(self, line: str) -> None:
         if not line.startswith("/") or line.startswith("//"):
-            images, self.images, videos, self.videos = self.images, [], self.videos, []
             text = line.removeprefix("/") if line.startswith("//") else line
-            self._turn(lambda cancel: self.session.send(text, images, videos, cancel=cancel))
+            self._turn(lambda cancel: self.session.send(text, self.images, self.videos, cancel=cancel))
+            self.images, self.videos = [], []  # a message that is refused leaves them for the next
             return
         name, _, rest = line[1:].partition(" ")
         if name not in self.commands:
@@ -160,14 +160,14 @@ class _Chat:
     def _image(self, path: str) -> None:
         from ..images import load_image
 
-        image = load_image(user_path(_unquoted(path, "/image")))
+        image = load_image(_source(_unquoted(path, "/image")))
         self.images.append(image)
         _say(f"{image.width} × {image.height} pixels, for your next message")
 
     def _video(self, path: str) -> None:
         from ..images import timestamp
 
-        video = self.session.processor.prepare_video(user_path(_unquoted(path, "/video")))
+        video = self.session.processor.prepare_video(_source(_unquoted(path, "/video")))
         self.videos.append(video)
         count = len(video.frames)
         _say(f"{count} frame{'s' * (count != 1)}, the last at {timestamp(video.times[-1])}, for your next message")
@@ -196,6 +196,11 @@ class _Chat:
         self.session.restore(user_path(_unquoted(path, "/load")))
         turns = sum(message["role"] == "user" for message in self.session.messages)
         _say(f"{turns} turn{'s' * (turns != 1)} loaded.")
+
+
+def _source(text: str) -> str | Path:
+    """A picture as `load_image` takes it: a URL as it is, a path as the shell would read it."""
+    return text if text.lower().startswith(("data:", "http://", "https://")) else user_path(text)
 
 
 def _unquoted(path: str, command: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PromptError
+from ..tools import tool_schemas
 
 Functions = dict[str, Callable[..., Any]]
 
@@ -22,7 +23,7 @@ def load_functions(path: Path) -> Functions:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise PromptError(f"{path} cannot be run ({type(error).__name__}: {error}); mend it first.") from None
     found = {
         name: function
@@ -31,6 +32,7 @@ def load_functions(path: Path) -> Functions:
     }
     if not found:
         raise PromptError(f"{path} defines no public function; write one with type hints and a docstring.")
+    tool_schemas(list(found.values()))  # or the first message would say what cannot be described
     return found
 
 
@@ -47,5 +49,5 @@ def run_call(functions: Functions, call: dict[str, Any]) -> Any:
     """What the called function returns; what it raises, as the answer that the model gets."""
     try:
         return functions[call["function"]["name"]](**call["function"]["arguments"])
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         return {"error": f"{type(error).__name__}: {error}"}
