@@ -97,7 +97,7 @@ def read_session(path: str | Path, model: DiffusionGemma) -> tuple[dict[str, Any
 def _checked(path: str | Path) -> Path:
     """Raises PromptError where `path` cannot be one."""
     if not isinstance(path, str | os.PathLike) or "\0" in os.fspath(path):
-        raise PromptError(f"{path!r} is not the path of a file; give one as text.")
+        raise PromptError(f"{str(path)!r} is not the path of a file; give one as text.")
     return Path(path)
 
 

@@ -64,12 +64,23 @@ def test_piped_a_line_is_a_turn(demo_float32, tmp_path):
 
 def test_piped_errors_are_one_sentence_and_the_chat_goes_on(demo_float32, tmp_path):
     (tmp_path / "damaged").write_bytes(b"nothing")
-    lines = ["/nope", "/image /nowhere.png", "/image", f"/load {tmp_path}/damaged", "/undo", "/help", "sort 53142"]
+    lines = ["/nope", "/image /nowhere.png", "/image", f"/load {tmp_path}/damaged", "/undo", "/help"]
+    lines += [f"/save {tmp_path}/damaged/x", "/save a\0b", f"/load {'x' * 300}", "/image data:,x", "sort 53142"]
     done = piped(lines, demo_float32)
     assert (done.returncode, done.stdout) == (1, "12345\n")
     wrong = [line for line in done.stderr.splitlines() if line.startswith("mlx-dg: ")]
-    assert len(wrong) == 5 and "Traceback" not in done.stderr
+    assert len(wrong) == 9 and "Traceback" not in done.stderr
     assert "/image PATH" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [("def f(a): pass", "cannot be described"), ("import sys; sys.exit(3)", "cannot be run"), ("x = 1", "no public")],
+)
+def test_tools_that_cannot_be_are_refused_at_the_start(demo_float32, tmp_path, code, words):
+    (tmp_path / "tools.py").write_text(code)
+    done = piped(["sort 53142"], demo_float32, "--tools", str(tmp_path / "tools.py"))
+    assert (done.returncode, done.stdout) == (1, "") and words in done.stderr and "Traceback" not in done.stderr
 
 
 class Terminal:
