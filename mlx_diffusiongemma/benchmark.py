@@ -5,6 +5,7 @@ On a machine without a GPU the same runs with smaller ceilings, and the report s
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import subprocess
@@ -28,6 +29,7 @@ from .errors import CheckpointError
 from .events import Commit, Done
 from .generation import stream
 from .hub import download_snapshot, is_repository
+from .loading import ACTIVATIONS_AS
 from .paths import user_path
 from .step_profile import Component, measure_step
 
@@ -196,7 +198,9 @@ def plan_memory(source: str | Path, context: int = accounting.CONTEXT) -> accoun
         directory = user_path(source)
         entries = read_checkpoint_headers(directory)
     weights = sum(entry.nbytes for entry in entries.values())
-    return accounting.memory_needed(ModelConfig.from_directory(directory), weights, context)
+    norm = entries.get(ACTIVATIONS_AS)
+    item = norm.nbytes // math.prod(norm.shape) if norm else 2
+    return accounting.memory_needed(ModelConfig.from_directory(directory), weights, context, item)
 
 
 def describe_machine() -> Machine:

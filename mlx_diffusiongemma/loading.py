@@ -31,6 +31,7 @@ ENCODER = "model.encoder."
 VISION = (f"{ENCODER}vision_tower.", f"{ENCODER}embed_vision.")
 # Stacked experts without `.weight`, one key per expert, or scales as FP8 and NVFP4 checkpoints name them.
 PUBLISHED = re.compile(r"\.experts\.(\d+\.|gate_up_proj$|down_proj$)|\.weight_scale$")
+ACTIVATIONS_AS = "model.decoder.norm.weight"  # is never quantized: activations have its type
 Progress = Callable[[int, int], None]
 
 
@@ -51,7 +52,8 @@ def load(
     processor = Processor.from_directory(directory, config)
     weights = read_weights(directory)
     _check_converted(weights, path_or_repo)
-    check_fits(config, sum(array.nbytes for array in weights.values()), directory)
+    item = weights[ACTIVATIONS_AS].itemsize if ACTIVATIONS_AS in weights else 2
+    check_fits(config, sum(array.nbytes for array in weights.values()), directory, item)
     set_limits()
     vision = {name: weights.pop(name) for name in list(weights) if name.startswith(VISION)}
     has_vision = bool(vision) and config.vision is not None

@@ -23,14 +23,15 @@ def usable_bytes() -> int:
     return int(limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def check_fits(config: ModelConfig, weights: int, directory: Path) -> None:
-    """Compare what the model needs (weights of so many bytes, a prefix's K/V, one step) with what there is.
+def check_fits(config: ModelConfig, weights: int, directory: Path, item: int = 2) -> None:
+    """Compare what the model needs (weights of so many bytes, a prefix's K/V, one step) with what there is. item: bytes
+    of an activation.
 
     Warns where a prefix of 8,192 tokens does not fit; raises CheckpointError where not even a short one does.
     """
     limit = usable_bytes()
-    least = memory_needed(config, weights, context=1).total
-    comfortable = memory_needed(config, weights, context=CONTEXT).total
+    least = memory_needed(config, weights, context=1, item=item).total
+    comfortable = memory_needed(config, weights, context=CONTEXT, item=item).total
     raising = f"raise the GPU's limit (sudo sysctl iogpu.wired_limit_mb={-(-comfortable // 2**20)})"
     if least > limit:
         raise CheckpointError(

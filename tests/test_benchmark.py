@@ -120,6 +120,10 @@ def test_the_plan_of_a_checkpoint_needs_no_weights(checkpoint, tmp_path):
     memory = benchmark.plan_memory(checkpoint, context=1000)
     size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     assert size * 0.9 < memory.weights <= size
+    model, _ = load(checkpoint)
+    cache = model.make_cache()
+    model.encode(mx.zeros((1, 1000), mx.int32), cache)
+    assert memory.cache == cache.nbytes  # float32, twice what bfloat16 takes
     assert f"{memory.total / 1e9:.3f}" in text_of(render_plan(memory, 1000))
 
 

@@ -227,7 +227,7 @@ def test_what_cannot_fit_is_refused_and_what_barely_fits_is_warned_about(demo_fl
     monkeypatch.setattr(memory, "usable_bytes", lambda: weights)
     with pytest.raises(CheckpointError, match="can be used here"):
         load(demo_float32)
-    monkeypatch.setattr(memory, "usable_bytes", lambda: weights + 2 * 2**20)
+    monkeypatch.setattr(memory, "usable_bytes", lambda: weights + 4 * 2**20)
     with pytest.warns(MemoryWarning, match="8,192 tokens"):
         load(demo_float32)
 

@@ -353,3 +353,19 @@ def test_the_context_ends_a_reply_that_follows_a_cached_prompt():
         assert result.stats.cached_tokens == cached
     with pytest.raises(PromptError, match=r"81 tokens.*at most 80 fit"):
         generate(model, ByteProcessor(), prompt((81, 1)).tokens, cache=cache)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_long_prompt_is_cancelled_between_chunks(demo_float32, monkeypatch, kept):
+    monkeypatch.setattr(diffusion_gemma, "PREFILL_CHUNK", 32)
+    model, processor = load(demo_float32)
+    cancel = threading.Event()
+    cache = model.make_cache() if kept else None
+    seen = []
+    for event in stream(model, processor, [5] * 100, cache=cache, cancel=cancel, seed=0):
+        seen.append(event)
+        if isinstance(event, Prefill) and event.done:
+            cancel.set()
+    assert [event.done for event in seen if isinstance(event, Prefill)][-1] == 32
+    assert isinstance(seen[-1], Done) and seen[-1].finish_reason == "cancelled"
+    assert not any(isinstance(event, Draft) for event in seen)

@@ -164,3 +164,31 @@ def test_the_trunk_launches_less_than_in_mlx_vlm(bits):
         compiled=[(language, "geglu")],
     )
     assert trunk(bits).count < theirs.count
+
+
+def test_the_loop_writes_keys_and_values_in_place():
+    """The prefix's K/V are 33 MB here; canvas after canvas, none of it is copied."""
+    sizes = {"num_key_value_heads": 4, "num_global_key_value_heads": 4, "num_attention_heads": 4, "head_dim": 128}
+    model = random_model(config_json([FULL], 4, **sizes, global_head_dim=256), None)
+    cache = model.make_cache()
+    model.encode(mx.zeros((1, 4000), mx.int32), cache)
+    cache.evaluate()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for _ in CanvasRun(model, cache, OPTIONS, [Canvas([]).part(0, 4)], VOCABULARY, seed=2).steps():
+        pass
+    assert mx.get_peak_memory() - before < 0.5 * cache.nbytes
+
+
+def test_scores_keep_to_their_budget(monkeypatch):
+    queries, keys = mx.random.normal((1, 4, 1024, 64)), mx.random.normal((1, 4, 1024, 64))
+    mx.eval(queries, keys)
+    peaks = []
+    for budget in (1 << 20, 1 << 30):
+        monkeypatch.setattr(layers, "SCORE_BUDGET", budget)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(layers.attend(queries, keys, keys, "causal"))
+        peaks.append(mx.get_peak_memory() - before)
+    scores = 4 * 4 * 1024 * 1024
+    assert peaks[0] < scores < peaks[1]
