@@ -12,13 +12,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..config import GenerationOptions, read_json
+from ..config import read_json
 from ..errors import CheckpointError
+from ..options import GenerationOptions
 from ..paths import user_path
 from .conversion import convert_checkpoint, plan_conversion
-from .hashes import REPORT
-from .packaging import CARD
-from .partial import write_json, write_whole
+from .writing.hashes import REPORT
+from .writing.packaging import CARD
+from .writing.partial import write_json, write_whole
 
 PROMPTS = (
     "Why is the sky blue?",
@@ -130,13 +131,13 @@ class Subject:
     """A loaded checkpoint that is asked things."""
 
     def __init__(self, directory: Path) -> None:
-        from ..loading import load
+        from ..checkpoints.loading import load
 
         self.model, self.processor = load(directory)
 
     def replies(self, prompts: list[str], seed: int) -> tuple[float, list[list[int]]]:
         """Mean steps per canvas, and the first canvas of every reply, filled up with end tokens."""
-        from ..generation import generate
+        from ..generation.replying import generate
 
         length = self.model.config.canvas_length
         options = GenerationOptions(max_tokens=LONGEST * length, seed=seed)

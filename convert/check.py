@@ -7,15 +7,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ..config import GenerationOptions, ModelConfig, read_json
+from ..checkpoints.safetensors import INDEX_NAME, ITEM_BYTES, Entry, read_checkpoint_headers
+from ..config import ModelConfig, read_json
 from ..errors import CheckpointError, DiffusionGemmaError
+from ..options import GenerationOptions
 from ..paths import user_path
-from .hashes import file_sha256, known_sha256
-from .headers import INDEX_NAME, ITEM_BYTES, Entry, read_checkpoint_headers
-from .names import layout_name
-from .packaging import check_tokenizer
-from .reader import NOT_FINITE, SLAB_BYTES, Files, Reader
-from .sources import find_weights
+from .reading.names import layout_name
+from .reading.reader import NOT_FINITE, SLAB_BYTES, Files, Reader
+from .reading.sources import find_weights
+from .writing.hashes import file_sha256, known_sha256
+from .writing.packaging import check_tokenizer
 
 SAMPLE = 'Grüße, 世界! {"naïve": 🙂}\n'
 Tell = Callable[[str], None]
@@ -108,7 +109,7 @@ def _read_all(reader: Reader, entry: Entry) -> None:
 
 
 def _tokenizer(directory: Path) -> Iterator[str]:
-    from ..processor import Processor
+    from ..processing.processor import Processor
 
     config = ModelConfig.from_directory(directory)
     processor = Processor.from_directory(directory, config)
@@ -121,9 +122,9 @@ def _tokenizer(directory: Path) -> Iterator[str]:
 
 
 def _canvas(directory: Path) -> Iterator[str]:
+    from ..checkpoints.loading import load
     from ..events import Draft
-    from ..generation import stream
-    from ..loading import load
+    from ..generation.replying import stream
 
     model, processor = load(directory)
     options = GenerationOptions(max_steps=2, max_tokens=model.config.canvas_length, seed=0)

@@ -14,21 +14,21 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from .. import __version__
+from ..checkpoints.hub import is_repository
+from ..checkpoints.safetensors import Entry, read_checkpoint_headers, read_index
 from ..config import ModelConfig, read_json
 from ..errors import CheckpointError
-from ..hub import is_repository
 from ..paths import user_path
-from . import hub
-from .hashes import REPORT
-from .headers import Entry, read_checkpoint_headers, read_index
-from .packaging import CARD, check_tokenizer, write_card, write_companions
-from .partial import DOWNLOADS, Partial, open_partial, write_json
 from .plan import DTYPES, SHORT, Plan, make_plan
 from .quantization import AUTO, Bits, Scheme, make_scheme
-from .reader import Files, Reader
+from .reading import remote as hub
+from .reading.reader import Files, Reader
+from .reading.stream import StreamedFiles
 from .report import ConversionReport
-from .stream import StreamedFiles
-from .writer import write_shard
+from .writing.hashes import REPORT
+from .writing.packaging import CARD, check_tokenizer, write_card, write_companions
+from .writing.partial import DOWNLOADS, Partial, open_partial, write_json
+from .writing.writer import write_shard
 
 Progress = Callable[[int, int, str], None]
 DISK_MARGIN = 64 << 20  # bytes, for what is not weights

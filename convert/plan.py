@@ -8,13 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..accounting import CONTEXT, memory_needed
+from ..checkpoints.accounting import CONTEXT, memory_needed
+from ..checkpoints.safetensors import ITEM_BYTES, Entry, write_header
 from ..config import ModelConfig, Quantization
 from ..errors import CheckpointError
-from .headers import ITEM_BYTES, Entry, write_header
-from .names import GROUPS, group_of
 from .quantization import NVFP4, RECIPES, Scheme, matches
-from .sources import TENSOR_SCALE, Weight, describe, find_weights, some
+from .reading.names import GROUPS, group_of
+from .reading.sources import TENSOR_SCALE, Weight, describe, find_weights, some
 
 SHARD_BYTES = 5_000_000_000
 DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}

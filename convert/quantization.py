@@ -23,7 +23,7 @@ class Mode:
     group_sizes: tuple[int, ...]
 
 
-MODES = {
+QUANTIZATION_MODES = {
     "affine": Mode(bits=(4, 2, 3, 5, 6, 8), group_sizes=(64, 32, 128)),
     "mxfp4": Mode(bits=(4,), group_sizes=(32,)),
     "mxfp8": Mode(bits=(8,), group_sizes=(32,)),
@@ -140,7 +140,7 @@ class Scheme:
 
     def _affine(self, bits: int) -> Quantization:
         is_affine = self.asked.mode == "affine"
-        return Quantization(self.asked.group_size if is_affine else MODES["affine"].group_sizes[0], bits)
+        return Quantization(self.asked.group_size if is_affine else QUANTIZATION_MODES["affine"].group_sizes[0], bits)
 
 
 def make_scheme(
@@ -163,9 +163,9 @@ def make_scheme(
 
 def make_quantization(bits: int | None, group_size: int | None, mode: str) -> Quantization:
     """A quantization that MLX has; None means the mode's default. Raises CheckpointError."""
-    if mode not in MODES:
-        raise CheckpointError(f"MLX has no quantization mode {mode!r}; choose one of {', '.join(MODES)}.")
-    offered = MODES[mode]
+    if mode not in QUANTIZATION_MODES:
+        raise CheckpointError(f"MLX has no quantization mode {mode!r}; choose one of {', '.join(QUANTIZATION_MODES)}.")
+    offered = QUANTIZATION_MODES[mode]
     bits = offered.bits[0] if bits is None else bits
     group_size = offered.group_sizes[0] if group_size is None else group_size
     for value, choices, what in ((bits, offered.bits, "bits"), (group_size, offered.group_sizes, "group size")):
@@ -179,12 +179,14 @@ def parse_setting(text: str, group_size: int | None = None) -> Quantization | No
     """What an override says: a number of bits, a mode, or "none" for unquantized. Raises CheckpointError."""
     if text == "none":
         return None
-    if text in MODES and text != "affine":
+    if text in QUANTIZATION_MODES and text != "affine":
         return make_quantization(None, None, text)
     if not text.isdecimal():
-        modes = ", ".join(mode for mode in MODES if mode != "affine")
+        modes = ", ".join(mode for mode in QUANTIZATION_MODES if mode != "affine")
         raise CheckpointError(f"A module cannot be set to {text!r}; give a number of bits, {modes}, or none.")
-    return make_quantization(int(text), group_size if group_size in MODES["affine"].group_sizes else None, "affine")
+    return make_quantization(
+        int(text), group_size if group_size in QUANTIZATION_MODES["affine"].group_sizes else None, "affine"
+    )
 
 
 def matches(path: str, pattern: str) -> bool:

@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .names import group_of
 from .plan import Plan
+from .reading.names import group_of
 
 WORST = 5  # modules that the report names
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..checkpoints.hub import reaching
 from ..errors import CheckpointError
-from ..hub import reaching
 from ..paths import user_path
 from .check import check_files
-from .packaging import CARD
+from .writing.packaging import CARD
 
 
 def upload_checkpoint(directory: str | Path, repository: str, *, force: bool = False, private: bool = False) -> str:

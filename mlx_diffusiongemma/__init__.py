@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .canvas import Canvas
-    from .choosing import choose
-    from .config import GenerationOptions, ModelConfig, Quantization
-    from .editing import Edited, edit
+    from .checkpoints.loading import load
+    from .config import ModelConfig, Quantization
     from .errors import (
         CanvasError,
         CheckpointError,
@@ -24,20 +22,20 @@ if TYPE_CHECKING:
         PromptError,
     )
     from .events import Commit, Done, Draft, Event, Prefill, Reply, Result, Stats, ToolCall
-    from .filling import Choice, Digits, Form, Text, fill
-    from .gap_filling import Attempt
-    from .generation import collect, generate, generate_batch, stream
-    from .infilling import Hole, Infilled, infill
-    from .loading import load
-    from .modes import MODES
-    from .processor import Processor, Prompt
-    from .session import ChatSession
+    from .filling.choosing import choose
+    from .filling.editing import Edited, edit
+    from .filling.forms import Choice, Digits, Form, Text, fill
+    from .filling.infilling import Hole, Infilled, infill
+    from .filling.search import Attempt
+    from .generation.canvas import Canvas
+    from .generation.replying import collect, generate, generate_batch, stream
+    from .generation.session import ChatSession
+    from .options import MODES, GenerationOptions
+    from .processing.processor import Processor, Prompt
 
 _HOMES = {
-    "canvas": ("Canvas",),
-    "choosing": ("choose",),
-    "config": ("GenerationOptions", "ModelConfig", "Quantization"),
-    "editing": ("Edited", "edit"),
+    "config": ("ModelConfig", "Quantization"),
+    "options": ("MODES", "GenerationOptions"),
     "errors": (
         "CanvasError",
         "CheckpointError",
@@ -47,14 +45,16 @@ _HOMES = {
         "PromptError",
     ),
     "events": ("Commit", "Done", "Draft", "Event", "Prefill", "Reply", "Result", "Stats", "ToolCall"),
-    "filling": ("Choice", "Digits", "Form", "Text", "fill"),
-    "gap_filling": ("Attempt",),
-    "generation": ("collect", "generate", "generate_batch", "stream"),
-    "infilling": ("Hole", "Infilled", "infill"),
-    "loading": ("load",),
-    "modes": ("MODES",),
-    "processor": ("Processor", "Prompt"),
-    "session": ("ChatSession",),
+    "processing.processor": ("Processor", "Prompt"),
+    "checkpoints.loading": ("load",),
+    "generation.canvas": ("Canvas",),
+    "generation.replying": ("collect", "generate", "generate_batch", "stream"),
+    "generation.session": ("ChatSession",),
+    "filling.choosing": ("choose",),
+    "filling.editing": ("Edited", "edit"),
+    "filling.forms": ("Choice", "Digits", "Form", "Text", "fill"),
+    "filling.infilling": ("Hole", "Infilled", "infill"),
+    "filling.search": ("Attempt",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from .commands.bench import bench
-from .commands.chat import chat
+from .commands.chatting.chat import chat
 from .commands.check import check
 from .commands.convert import EPILOG, convert
 from .commands.demo import demo

@@ -1,4 +1,4 @@
-"""A checkpoint's configuration and a request's options, read from the files that describe them.
+"""A checkpoint's configuration, read from the file that describes it.
 
 Three spellings of config.json are in use: the hub's (`global_head_dim`, `num_global_key_value_heads`), the one
 Transformers >= 5.2x saves (`per_layer_config`), and mlx-community's, which is the hub's with `quantization` and
@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, PromptError
+from .errors import CheckpointError
 
 MODEL_TYPE = "diffusion_gemma"
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -95,7 +95,7 @@ class VisionConfig:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> VisionConfig:
-        theta = _check_object(config.get("rope_parameters") or {}, "vision_config.rope_parameters").get("rope_theta")
+        theta = check_object(config.get("rope_parameters") or {}, "vision_config.rope_parameters").get("rope_theta")
         return cls(**_plain_values(cls, {**config, "rope_theta": theta}, "vision_config"))
 
 
@@ -113,7 +113,7 @@ class Quantization:
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Quantization:
         """Read a `quantization` object of config.json. Raises CheckpointError."""
-        default = cls._settings(_check_object(config, "quantization"), "quantization")
+        default = cls._settings(check_object(config, "quantization"), "quantization")
         overrides: dict[str, Quantization | None] = {}
         for path, value in config.items():
             if isinstance(value, dict):
@@ -167,8 +167,8 @@ class ModelConfig:
         vision, quantization = config.get("vision_config"), config.get("quantization")
         return cls(
             **_plain_values(cls, config, "config.json"),
-            text=TextConfig.from_dict(_check_object(config["text_config"], "text_config")),
-            vision=VisionConfig.from_dict(_check_object(vision, "vision_config")) if vision else None,
+            text=TextConfig.from_dict(check_object(config["text_config"], "text_config")),
+            vision=VisionConfig.from_dict(check_object(vision, "vision_config")) if vision else None,
             quantization=Quantization.from_dict(quantization) if quantization else None,
         )
 
@@ -176,111 +176,6 @@ class ModelConfig:
     def from_directory(cls, directory: str | Path) -> ModelConfig:
         """Read `directory`/config.json. Raises CheckpointError."""
         return cls.from_dict(read_json(Path(directory) / "config.json"))
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """One request's options. None means the checkpoint's own setting, so nothing replaces its sampler silently.
-
-    max_tokens: most tokens to commit (ours; the checkpoints' own 256 is a single canvas).
-    max_steps: most denoising steps per canvas.
-    entropy_bound: nats; positions are accepted in ascending entropy while the sum of those before stays within it.
-    t_max, t_min: temperature at the first step and the limit it falls to.
-    stability: steps for which the argmax canvas must not have changed. 0: always stable.
-    confidence: nats; a canvas stops once stable with a mean entropy below this.
-    end_tokens: ids that end a reply.
-    stop: strings that end a reply; they are not part of it.
-    seed: of every random draw. None: another one each time.
-    retries: how often a first canvas that would make the reply empty is denoised again. 0: as the model has it.
-    canvas_length: tokens per canvas, at most the checkpoint's.
-    """
-
-    max_tokens: int = 1024
-    max_steps: int | None = None
-    entropy_bound: float | None = None
-    t_max: float | None = None
-    t_min: float | None = None
-    stability: int | None = None
-    confidence: float | None = None
-    end_tokens: tuple[int, ...] | None = None
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
-    canvas_length: int | None = None
-    retries: int = 3
-
-    def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        for name in ("stop", "end_tokens"):
-            if isinstance(getattr(self, name), list | set | frozenset):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name, lowest in (
-            ("max_tokens", 1),
-            ("max_steps", 1),
-            ("canvas_length", 1),
-            ("stability", 0),
-            ("retries", 0),
-        ):
-            _check_number(self, name, int, lowest)
-        check_seed(self.seed)
-        for name in ("entropy_bound", "t_max", "t_min", "confidence"):
-            _check_number(self, name, float, 0.0)
-        if self.t_max == 0:
-            raise PromptError("t_max must be above 0; give a low temperature, such as 0.01, for the likeliest tokens.")
-        if self.t_max is not None and self.t_min is not None and self.t_max < self.t_min:
-            raise PromptError(f"t_max ({self.t_max}) must not be below t_min ({self.t_min}).")
-        if not isinstance(self.stop, tuple) or any(not isinstance(text, str) or not text for text in self.stop):
-            raise PromptError("stop takes strings of at least one character.")
-        tokens = () if self.end_tokens is None else self.end_tokens
-        if not isinstance(tokens, tuple) or not all(_is_whole(token, 0) for token in tokens):
-            raise PromptError(f"end_tokens takes a list of token ids, not {self.end_tokens!r}.")
-
-    @classmethod
-    def from_checkpoint(cls, directory: str | Path) -> GenerationOptions:
-        """The checkpoint's own settings, filled in with the reference's defaults where it says nothing.
-
-        End tokens are the union of config.json's and generation_config.json's: each file leaves some out.
-        Raises CheckpointError.
-        """
-        directory = Path(directory)
-        config = read_json(directory / "config.json")
-        path = directory / "generation_config.json"
-        generation = read_json(path) if path.exists() else config.get("generation_config") or {}
-        inside = [_check_object(config.get(name) or {}, name) for name in ("text_config", "generation_config")]
-        declared = [config, *inside, generation]
-        end_tokens = sorted({token for source in declared for token in _token_ids(source.get("eos_token_id"))})
-        sampler = _check_object(generation.get("sampler_config") or {}, "sampler_config", path.name)
-        settings = {
-            "max_steps": generation.get("max_denoising_steps"),
-            "entropy_bound": sampler.get("entropy_bound"),
-            "t_max": generation.get("t_max"),
-            "t_min": generation.get("t_min"),
-            "stability": generation.get("stability_threshold"),
-            "confidence": generation.get("confidence_threshold"),
-            "canvas_length": config.get("canvas_length"),
-        }
-        given = {name: value for name, value in settings.items() if value is not None}
-        try:
-            return cls(**{**REFERENCE_SETTINGS, **given}, end_tokens=tuple(end_tokens))
-        except PromptError as error:
-            raise CheckpointError(f"{path}: {error}") from None
-
-    def filled_from(self, checkpoint: GenerationOptions) -> GenerationOptions:
-        """These options with every None replaced by the checkpoint's setting."""
-        unset = [f.name for f in fields(self) if getattr(self, f.name) is None]
-        return replace(self, **{name: getattr(checkpoint, name) for name in unset})
-
-
-# `_get_default_generation_params` of the reference; the canvas length is its configuration's default.
-REFERENCE_SETTINGS = {
-    "max_steps": 48,
-    "entropy_bound": 0.1,
-    "t_max": 0.8,
-    "t_min": 0.4,
-    "stability": 1,
-    "confidence": 0.005,
-    "canvas_length": 256,
-}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -311,7 +206,7 @@ def _layers(config: dict[str, Any]) -> tuple[LayerConfig, ...]:
     shape = {"head_dim": config["head_dim"], "num_key_value_heads": config["num_key_value_heads"]}
     per_layer = config.get("per_layer_config")
     if per_layer is not None:
-        _check_object(per_layer, "per_layer_config")
+        check_object(per_layer, "per_layer_config")
         if not all(str(index).isdecimal() and isinstance(layer, dict) for index, layer in per_layer.items()):
             raise CheckpointError("config.json: per_layer_config must map layer numbers to objects; download it again.")
         overrides = {int(index): layer for index, layer in per_layer.items()}
@@ -329,8 +224,8 @@ def _layers(config: dict[str, Any]) -> tuple[LayerConfig, ...]:
 
 def _rope_parameters(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Per kind of layer, its RoPE settings; the reference's where the configuration has none."""
-    given = _check_object(config.get("rope_parameters") or {}, "rope_parameters")
-    parameters = {kind: {**DEFAULT_ROPE[kind], **_check_object(given.get(kind) or {}, kind)} for kind in DEFAULT_ROPE}
+    given = check_object(config.get("rope_parameters") or {}, "rope_parameters")
+    parameters = {kind: {**DEFAULT_ROPE[kind], **check_object(given.get(kind) or {}, kind)} for kind in DEFAULT_ROPE}
     for kind, rope in parameters.items():
         theta, share = rope["rope_theta"], rope.get("partial_rotary_factor", 1.0)
         understood = isinstance(theta, int | float) and isinstance(share, int | float) and theta > 0 and 0 < share <= 1
@@ -341,14 +236,14 @@ def _rope_parameters(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return parameters
 
 
-def _check_object(value: Any, where: str, file: str = "config.json") -> dict[str, Any]:
+def check_object(value: Any, where: str, file: str = "config.json") -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{file}: {where} must be an object, not {value!r}; download it again.")
     return value
 
 
 def _check_count(value: Any, name: str) -> int:
-    if not _is_whole(value, 1):
+    if not is_whole(value, 1):
         raise CheckpointError(f"config.json: {name} is {value!r}, not a whole number above 0; download it again.")
     return value
 
@@ -375,29 +270,5 @@ def _require(config: dict[str, Any], names: set[str], where: str) -> None:
         raise CheckpointError(f"{where} lacks {', '.join(missing)}; give the configuration of a whole checkpoint.")
 
 
-def _token_ids(value: Any) -> list[int]:
-    """The ids in an `eos_token_id`: one, a list of them, or nothing. Raises CheckpointError."""
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(_is_whole(token, 0) for token in ids):
-        raise CheckpointError(f"The checkpoint's eos_token_id is {value!r}, not token ids; download it again.")
-    return ids
-
-
-def check_seed(seed: int | None) -> None:
-    """Raises PromptError where `seed` is neither None nor one that random draws can start from."""
-    if seed is not None and not (_is_whole(seed, 0) and seed < 2**64):
-        raise PromptError(f"seed must be a whole number from 0 to 2**64 - 1, not {seed!r}.")
-
-
-def _is_whole(value: Any, lowest: int) -> bool:
+def is_whole(value: Any, lowest: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
-
-
-def _check_number(options: GenerationOptions, name: str, kind: type, lowest: float) -> None:
-    value = getattr(options, name)
-    if value is None and name not in ("max_tokens", "retries"):
-        return
-    accepted = (int, float) if kind is float else int
-    if isinstance(value, bool) or not isinstance(value, accepted) or not value >= lowest:
-        what = "a whole number" if kind is int else "a number"
-        raise PromptError(f"{name} must be {what} of at least {lowest:g}, not {value!r}.")

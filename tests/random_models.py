@@ -8,8 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_diffusiongemma.config import FULL, SLIDING, GenerationOptions, ModelConfig
+from mlx_diffusiongemma.config import FULL, SLIDING, ModelConfig
 from mlx_diffusiongemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffusiongemma.options import GenerationOptions
 
 if TYPE_CHECKING:
     from mlx_vlm.models.diffusion_gemma import Model

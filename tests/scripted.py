@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 
-from mlx_diffusiongemma.config import GenerationOptions
 from mlx_diffusiongemma.events import Reply
 from mlx_diffusiongemma.model import vocabulary
+from mlx_diffusiongemma.options import GenerationOptions
 
 VOCABULARY = 128
 END = 1

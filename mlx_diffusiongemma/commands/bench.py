@@ -26,9 +26,9 @@ def bench(
     """Measure this machine's ceilings, then where a denoising step's time goes and how fast replies come."""
     from rich.console import Console
 
-    from ..benchmark import measure_autoregressive, plan_memory, run_benchmark
-    from ..benchmark_report import render, render_plan
-    from ..hub import is_repository
+    from ..benchmark.measuring import measure_autoregressive, plan_memory, run_benchmark
+    from ..benchmark.report import render, render_plan
+    from ..checkpoints.hub import is_repository
 
     if plan:
         memory = plan_memory(model or default_model(), context)

@@ -11,7 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from ..model.diffusion_gemma import DiffusionGemma
-    from ..processor import Processor
+    from ..processing.processor import Processor
 
 OFFICIAL = "google/diffusiongemma-26B-A4B-it"
 READY_MADE = "mlx-community/diffusiongemma-26B-A4B-it-4bit"
@@ -36,8 +36,8 @@ def load_model(name: str | None) -> tuple[DiffusionGemma, Processor]:
     import warnings
 
     from .. import load
+    from ..checkpoints.hub import CONVERTED
     from ..errors import MemoryWarning
-    from ..hub import CONVERTED
 
     name = name or default_model()
     announce_download(name, None, CONVERTED)
@@ -51,7 +51,7 @@ def load_model(name: str | None) -> tuple[DiffusionGemma, Processor]:
 
 def announce_download(source: str, revision: str | None, patterns: Sequence[str]) -> None:
     """Say how much of a repository is going to be downloaded, if anything. Raises CheckpointError."""
-    from ..hub import bytes_to_download
+    from ..checkpoints.hub import bytes_to_download
 
     count = bytes_to_download(source, revision, patterns)
     if count:
@@ -61,7 +61,7 @@ def announce_download(source: str, revision: str | None, patterns: Sequence[str]
 
 def default_model() -> str:
     """What was last converted in this directory, else the ready-made checkpoint."""
-    from ..convert.hashes import REPORT
+    from ..convert.writing.hashes import REPORT
 
     converted = list(Path().glob(f"*/{REPORT}"))
     if converted:

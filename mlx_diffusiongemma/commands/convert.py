@@ -65,7 +65,7 @@ def convert(
 ) -> None:
     """Turn a published checkpoint into quantized MLX arrays, in little memory."""
     from ..convert import convert_checkpoint, plan_conversion, upload_checkpoint
-    from ..convert.hub import WHOLE
+    from ..convert.reading.remote import WHOLE
 
     width = _chosen_bits(q4, q8, bits, dequantize, quantize)
     if (source and hf_path) or (out and mlx_path):

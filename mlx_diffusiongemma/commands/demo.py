@@ -14,7 +14,7 @@ TASKS = ("sort 53142", "reverse canvas", "json name=ada age=36", "solve 42.3/3.2
 def demo(seed: Seed = 0, live: LiveCanvas = None) -> None:
     """Convert and run the small trained checkpoint that comes with this package; nothing is downloaded."""
     from .. import load, stream
-    from ..terminal import show, statistics_line
+    from ..display.terminal import show, statistics_line
 
     directory = _demo_checkpoint()
     model, processor = load(directory)

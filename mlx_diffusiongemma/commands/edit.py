@@ -25,7 +25,7 @@ def edit(
     """Rewrite some lines of a file and print the change as a unified diff."""
     from .. import GenerationOptions
     from .. import edit as edit_text
-    from ..editing import unified_diff
+    from ..filling.editing import unified_diff
 
     text = read_text(file)
     span = _span(text, lines)

@@ -13,7 +13,7 @@ from ..errors import PromptError
 from .common import LiveCanvas, MaxTokens, Model, Seed, Steps, end_line, load_model
 
 if TYPE_CHECKING:
-    from ..processor import Processor, Prompt
+    from ..processing.processor import Processor, Prompt
 
 
 def generate(
@@ -53,8 +53,8 @@ def generate(
 ) -> None:
     """Answer a prompt."""
     from .. import MODES, GenerationOptions, stream
-    from ..terminal import show, statistics_line
-    from ..trace import TraceWriter, event_json
+    from ..display.terminal import show, statistics_line
+    from ..display.trace import TraceWriter, event_json
 
     if temp is not None:
         raise PromptError(

@@ -22,9 +22,9 @@ def replay(
     live: LiveCanvas = None,
 ) -> None:
     """Play a recorded generation again, or draw it."""
-    from ..pictures import animated_gif, animated_svg, entropy_svg
-    from ..trace import read_trace
-    from ..trace import replay as play_trace
+    from ..display.pictures import animated_gif, animated_svg, entropy_svg
+    from ..display.trace import read_trace
+    from ..display.trace import replay as play_trace
 
     if not (svg or gif or entropy):
         play_trace(trace, speed, live=live, heat=heat)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..accounting import CACHE_GROWTH, rows_at_once
 from ..config import TextConfig
 from ..errors import PromptError
+from .budgets import CACHE_GROWTH
 
 SNAPSHOT_BYTES = 320 * 2**20  # that snapshots may take beside the cache: one of the published model's, 314 MB
 
@@ -186,11 +186,6 @@ class Cache:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
-
-    def rows_at_once(self, most: int) -> int:
-        """How many of `most` canvases after this prefix, of one row, can be computed at once: what memory allows."""
-        item = max((array.itemsize for array in self.arrays), default=2)
-        return rows_at_once(self.config, self.keep, self.offset, most, item)
 
     def evaluate(self) -> None:
         """Compute what is still lazy, so that the cache can go to another thread."""

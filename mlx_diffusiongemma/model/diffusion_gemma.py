@@ -11,8 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..config import FULL, SLIDING, GenerationOptions, LayerConfig, ModelConfig, TextConfig
+from ..config import FULL, SLIDING, LayerConfig, ModelConfig, TextConfig
 from ..errors import CheckpointError
+from ..options import GenerationOptions
 from . import vocabulary
 from .cache import SNAPSHOT_BYTES, Cache, Label
 from .layers import MLP, Attention, Extend, SelfConditioning

@@ -11,8 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.rope_utils import initialize_rope
 
-from ..accounting import SCORE_BUDGET
 from ..config import LayerConfig, TextConfig
+from .budgets import SCORE_BUDGET
 
 Extend = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 

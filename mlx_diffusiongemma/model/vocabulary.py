@@ -13,7 +13,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..accounting import BLOCK_BUDGET, BLOCK_TOKENS, GROUP, MEMBER_ROWS
+from .budgets import BLOCK_BUDGET, BLOCK_TOKENS, GROUP, MEMBER_ROWS
 from .layers import fuse_elementwise
 
 

@@ -35,9 +35,9 @@ from mlx_vlm.generate import diffusion
 from mlx_vlm.models.diffusion_gemma import Model
 from random_models import OPTIONS, config_json, in_mlx_vlm, random_model, true_pattern
 
-from mlx_diffusiongemma.canvas import Canvas
 from mlx_diffusiongemma.config import FULL, SLIDING
-from mlx_diffusiongemma.denoising import CanvasRun
+from mlx_diffusiongemma.generation.canvas import Canvas
+from mlx_diffusiongemma.generation.denoising import CanvasRun
 from mlx_diffusiongemma.model.diffusion_gemma import DiffusionGemma
 
 VOCABULARY = 262_144

@@ -32,7 +32,7 @@ from mlx_diffusiongemma import (
     load,
 )
 from mlx_diffusiongemma.convert import convert_checkpoint
-from mlx_diffusiongemma.infilling import reply_ending
+from mlx_diffusiongemma.filling.infilling import reply_ending
 
 Question = dict[str, Any]
 TASKS = ("sort", "reverse", "json", "count", "solve")

@@ -38,7 +38,7 @@ from behaviour import (
 
 from mlx_diffusiongemma import Processor, Prompt, load
 from mlx_diffusiongemma.convert import convert_checkpoint
-from mlx_diffusiongemma.processor import IMAGE, IMAGE_BEGIN, IMAGE_END
+from mlx_diffusiongemma.processing.processor import IMAGE, IMAGE_BEGIN, IMAGE_END
 
 if TYPE_CHECKING:
     import torch

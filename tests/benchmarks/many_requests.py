@@ -23,10 +23,11 @@ from convert_data import DEMO
 from random_models import config_json, random_model
 
 from mlx_diffusiongemma import load
-from mlx_diffusiongemma.config import FULL, SLIDING, GenerationOptions
+from mlx_diffusiongemma.config import FULL, SLIDING
 from mlx_diffusiongemma.convert import convert_checkpoint
 from mlx_diffusiongemma.events import Draft
-from mlx_diffusiongemma.generation import stream
+from mlx_diffusiongemma.generation.replying import stream
+from mlx_diffusiongemma.options import GenerationOptions
 
 LONGEST = 3000
 PROBE_TOKENS, PROBE_EVERY = 200, 10

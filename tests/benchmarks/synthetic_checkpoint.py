@@ -21,9 +21,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from convert_data import DEMO, true_config
 
+from mlx_diffusiongemma.checkpoints.safetensors import INDEX_NAME, ITEM_BYTES, write_header
 from mlx_diffusiongemma.config import ModelConfig
-from mlx_diffusiongemma.convert.headers import INDEX_NAME, ITEM_BYTES, write_header
-from mlx_diffusiongemma.convert.names import expected_tensors
+from mlx_diffusiongemma.convert.reading.names import expected_tensors
 
 SHARD_BYTES = 5_000_000_000
 BLOCK = 1 << 24  # values

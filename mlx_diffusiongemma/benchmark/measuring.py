@@ -1,0 +1,302 @@
+"""How fast a model runs here, and where a step's time goes. `benchmark_report` shows what this measures.
+
+On a machine without a GPU the same runs with smaller ceilings, and the report says that it was a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from ..checkpoints import accounting
+from ..checkpoints.hub import download_snapshot, is_repository
+from ..checkpoints.loading import ACTIVATIONS_AS
+from ..checkpoints.safetensors import read_checkpoint_headers
+from ..config import ModelConfig
+from ..convert.reading import remote as hub
+from ..errors import CheckpointError
+from ..events import Commit, Done
+from ..generation.canvas import Canvas
+from ..generation.denoising import CanvasRun
+from ..generation.replying import stream
+from ..paths import user_path
+from .ceilings import Ceilings, measure_ceilings
+from .step_profile import Component, measure_step
+
+if TYPE_CHECKING:
+    from ..model.cache import Cache
+    from ..model.diffusion_gemma import DiffusionGemma
+    from ..processing.processor import Processor
+
+PROMPTS = (
+    "Explain why the sky is blue.",
+    "Write a Python function that merges two sorted lists, with a docstring.",
+    "List the planets of the solar system with one fact about each.",
+    "Write a short letter that asks a landlord to repair a window.",
+)
+PREFIX = 1024  # tokens before the canvas, where the context has room
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What ran. `load`: of the operating system at the start, where it says one."""
+
+    chip: str
+    system: str
+    mlx: str
+    device: str
+    memory: int
+    load: float | None
+
+
+@dataclass(frozen=True)
+class FixedWork:
+    """A canvas denoised for `steps` steps, whatever it holds. Seconds are for the whole canvas."""
+
+    steps: int
+    seconds: float
+    tokens: int
+
+    @property
+    def seconds_per_step(self) -> float:
+        return self.seconds / self.steps
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class NaturalStop:
+    """The prompts answered with the checkpoint's own sampler. `steps`: of every canvas, in order."""
+
+    steps: list[int]
+    tokens: int
+    seconds: float
+    first_canvas_seconds: float
+    peak_memory: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def distribution(self) -> dict[int, int]:
+        """Steps → canvases that took as many."""
+        return dict(sorted(Counter(self.steps).items()))
+
+
+@dataclass(frozen=True)
+class Autoregressive:
+    """The same prompts answered by another model through mlx-lm, token after token."""
+
+    model: str
+    tokens: int
+    seconds: float
+    peak_memory: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything measured. Seconds, bytes, and operations or bytes per second."""
+
+    machine: Machine
+    ceilings: Ceilings
+    canvas: int
+    prefix: int
+    components: list[Component]
+    step_seconds: float
+    fixed: list[FixedWork]
+    natural: NaturalStop
+    prefill_tokens_per_second: float
+    against: Autoregressive | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it, with the rates that follow from the rest."""
+        content = asdict(self)
+        for written, measured in zip(content["fixed"], self.fixed, strict=True):
+            written |= {"seconds_per_step": measured.seconds_per_step, "tokens_per_second": measured.tokens_per_second}
+        content["natural"] |= {
+            "tokens_per_second": self.natural.tokens_per_second,
+            "distribution": self.natural.distribution,
+        }
+        if self.against:
+            content["against"]["tokens_per_second"] = self.against.tokens_per_second
+        return content
+
+
+def run_benchmark(
+    model: DiffusionGemma,
+    processor: Processor,
+    *,
+    prompts: Sequence[str] = PROMPTS,
+    steps: Sequence[int] = (8, 16),
+    max_tokens: int = 512,
+    against: Autoregressive | None = None,
+    log: Log = lambda message: None,
+) -> Report:
+    """Measure this machine, then the model on it.
+
+    steps: the fixed amounts of work to time a canvas for. max_tokens: of each answer. against: what
+    `measure_autoregressive` gave for the same prompts; measure it first, as two models need the memory of both. log:
+    told what is being measured.
+    """
+    machine = describe_machine()
+    log("ceilings of this machine")
+    ceilings = measure_ceilings(model.embed(mx.zeros((1,), mx.int32)).dtype, mx.default_device() == mx.cpu)
+    canvas = model.config.canvas_length
+    prefix = min(PREFIX, model.config.text.max_position_embeddings - canvas)
+    log(f"prefill of {prefix} tokens")
+    cache, prefill_seconds = encode_prefix(model, prefix)
+    log("a step by component")
+    components, step_seconds = measure_step(model, cache, ceilings)
+    fixed = []
+    for count in steps:
+        log(f"{count} steps")
+        fixed.append(measure_fixed(model, cache, count))
+    log(f"{len(prompts)} prompts to their natural stop")
+    natural = measure_natural(model, processor, prompts, max_tokens)
+    return Report(
+        machine=machine,
+        ceilings=ceilings,
+        canvas=canvas,
+        prefix=prefix,
+        components=components,
+        step_seconds=step_seconds,
+        fixed=fixed,
+        natural=natural,
+        prefill_tokens_per_second=prefix / prefill_seconds,
+        against=against,
+    )
+
+
+def plan_memory(source: str | Path, context: int = accounting.CONTEXT) -> accounting.Memory:
+    """What a converted checkpoint, a directory or a repository, needs to run after `context` tokens.
+
+    From its shapes alone: of a repository only the small files and the headers of the large ones are read.
+    Raises CheckpointError.
+    """
+    if is_repository(source):
+        directory = hub.download(str(source), None, weights=False)
+        entries = hub.remote_headers(str(source), directory.name)
+    else:
+        directory = user_path(source)
+        entries = read_checkpoint_headers(directory)
+    weights = sum(entry.nbytes for entry in entries.values())
+    norm = entries.get(ACTIVATIONS_AS)
+    item = norm.nbytes // math.prod(norm.shape) if norm else 2
+    return accounting.memory_needed(ModelConfig.from_directory(directory), weights, context, item)
+
+
+def describe_machine() -> Machine:
+    info = mx.device_info()
+    return Machine(
+        chip=_chip(str(info.get("device_name", ""))),
+        system=f"{platform.system()} {platform.mac_ver()[0] or platform.release()}",
+        mlx=mx.__version__,
+        device="GPU" if mx.default_device() == mx.gpu else "CPU",
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        load=os.getloadavg()[0],
+    )
+
+
+def _chip(device: str) -> str:
+    if platform.system() != "Darwin":
+        return device or platform.machine()
+    found = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or device
+
+
+def encode_prefix(model: DiffusionGemma, count: int) -> tuple[Cache, float]:
+    """A cache of `count` random tokens, and the seconds that encoding them took, warmed up."""
+    tokens = mx.random.randint(0, model.config.text.vocab_size, (1, count), key=mx.random.key(0))
+
+    def encode() -> Cache:
+        cache = model.make_cache()
+        for _ in model.encode_chunks(tokens, cache):
+            pass
+        return cache
+
+    encode()
+    started = time.perf_counter()
+    cache = encode()
+    return cache, time.perf_counter() - started
+
+
+def measure_fixed(model: DiffusionGemma, cache: Cache, steps: int) -> FixedWork:
+    """A canvas that is never sure enough to stop, after the cached prefix."""
+    length = model.config.canvas_length
+    options = replace(model.options, max_steps=steps, confidence=0.0, canvas_length=length)
+    start, vocabulary = Canvas([]).part(0, length), model.config.text.vocab_size
+    started = time.perf_counter()
+    for _ in CanvasRun(model, cache, options, [start], vocabulary, seed=0).steps():
+        pass
+    return FixedWork(steps, time.perf_counter() - started, length)
+
+
+def measure_natural(
+    model: DiffusionGemma, processor: Processor, prompts: Sequence[str], max_tokens: int
+) -> NaturalStop:
+    steps: list[int] = []
+    tokens, seconds, first_canvases, peak = 0, 0.0, [], 0
+    for seed, prompt in enumerate(prompts):
+        started, first = time.perf_counter(), None
+        for event in stream(model, processor, prompt, max_tokens=max_tokens, seed=seed):
+            match event:
+                case Commit() if first is None:
+                    first = time.perf_counter() - started
+                    first_canvases.append(first)
+                case Done(_, stats):
+                    steps += stats.steps
+                    tokens += stats.generated_tokens
+                    seconds += stats.denoise_seconds
+                    peak = max(peak, stats.peak_memory_bytes)
+    return NaturalStop(steps, tokens, seconds, sorted(first_canvases)[len(first_canvases) // 2], peak)
+
+
+def measure_autoregressive(source: str, prompts: Sequence[str] = PROMPTS, max_tokens: int = 512) -> Autoregressive:
+    """Answers through mlx-lm, one prompt after the other; the time of its prefill is left out, as it is of ours.
+
+    source: a directory or a hub repository in mlx-lm's format. Raises CheckpointError.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from mlx_lm import stream_generate
+    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load
+
+    files = DEFAULT_ALLOW_PATTERNS
+    directory = download_snapshot(source, None, files) if is_repository(source) else user_path(source)
+    try:
+        model, tokenizer = load(str(directory))[:2]
+    # mlx-lm raises what its files' readers raise.
+    except (
+        *(OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError),
+        StrictDataclassError,
+    ) as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise CheckpointError(f"mlx-lm cannot load {source} ({reason}); give a model that it can run.") from None
+    if not tokenizer.has_chat_template:
+        raise CheckpointError(f"{source} has no chat template; give an instruction-tuned model.")
+    tokens, seconds, peak = 0, 0.0, 0
+    for prompt in prompts:
+        turn = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        mx.reset_peak_memory()
+        *_, last = stream_generate(model, tokenizer, turn, max_tokens=max_tokens)
+        tokens += last.generation_tokens
+        seconds += last.generation_tokens / last.generation_tps
+        peak = max(peak, mx.get_peak_memory())
+    return Autoregressive(source, tokens, seconds, peak)

@@ -1,0 +1,120 @@
+"""A benchmark's report and a memory plan as a person reads them: tables for rich to print."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from ..checkpoints.accounting import CONTEXT, Memory
+from .measuring import Report
+
+BAR = 24  # cells of the longest bar
+EIGHTHS = " ▏▎▍▌▋▊▉"
+
+
+def render(report: Report) -> Group:
+    """The whole report: machine, ceilings, a step's components, speed."""
+    parts: list[RenderableType] = [_machine(report), _ceilings(report), _components(report), _speed(report)]
+    if report.against:
+        ratio = report.natural.tokens_per_second / report.against.tokens_per_second
+        parts.append(
+            Text(f"On the same prompts this writes {ratio:.3g}× as fast as {report.against.model} through mlx-lm.")
+        )
+    return Group(*parts)
+
+
+def render_plan(memory: Memory, context: int = CONTEXT) -> Table:
+    """What running needs: weights, keys and values, one step; then what some uses add."""
+    table = Table(title=f"Memory with {context:,} tokens of context", title_justify="left")
+    table.add_column("part")
+    table.add_column("GB", justify="right")
+    table.add_column("")
+    for name, size in (("weights", memory.weights), ("keys and values", memory.cache), ("one step", memory.step)):
+        table.add_row(name, f"{size / 1e9:.3f}", bar(size / memory.total))
+    table.add_section()
+    table.add_row("in all", f"{memory.total / 1e9:.3f}", "")
+    table.add_section()
+    table.add_row("beside it, a chat's way back", f"{memory.snapshot / 1e9:.3f}", "")
+    table.add_row("beside it, infilling", f"{memory.rows / 1e9:.3f}", "")
+    return table
+
+
+def bar(share: float) -> str:
+    """A bar for 0 to 1, to an eighth of a cell."""
+    eighths = round(min(max(share, 0.0), 1.0) * BAR * 8)
+    return "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
+
+
+def _machine(report: Report) -> Text:
+    machine = report.machine
+    text = Text(f"{machine.chip}, {machine.memory / 2**30:.0f} GiB, {machine.system}, mlx {machine.mlx}")
+    if machine.device == "CPU":
+        text.append("\nMeasured on the CPU: these numbers say nothing about a GPU.", style="bold")
+    return text
+
+
+def _ceilings(report: Report) -> Table:
+    ceilings = report.ceilings
+    table = Table(title="This machine at best", title_justify="left")
+    table.add_column("operation")
+    table.add_column("rate", justify="right")
+    for name, rate in (
+        ("matrix product", ceilings.matmul),
+        ("8-bit product, 256 rows", ceilings.quantized),
+        ("8-bit product, 256 rows, not transposed", ceilings.quantized_plain),
+        ("4-bit experts, 16 rows each", ceilings.experts),
+        ("attention, head_dim 256", ceilings.attention_256),
+        ("attention, head_dim 512", ceilings.attention_512),
+    ):
+        table.add_row(name, f"{rate / 1e9:,.{0 if rate > 1e10 else 2}f} GFLOP/s")
+    table.add_row("copy", f"{ceilings.copy / 1e9:,.1f} GB/s")
+    table.add_row("launch", f"{ceilings.launch * 1e6:.1f} µs")
+    return table
+
+
+def _components(report: Report) -> Table:
+    title = f"One step: {report.canvas} tokens after {report.prefix:,}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("component")
+    table.add_column("ms", justify="right")
+    table.add_column("share of the step")
+    table.add_column("of the ceiling", justify="right")
+    for part in report.components:
+        reached = "" if part.ceiling is None else f"{part.ceiling:.0%}"
+        table.add_row(part.name, f"{part.seconds * 1e3:.1f}", bar(part.seconds / report.step_seconds), reached)
+    rest = report.step_seconds - sum(part.seconds for part in report.components)
+    table.add_row("norms, sums, the rest", f"{rest * 1e3:.1f}", bar(rest / report.step_seconds), "")
+    table.add_section()
+    table.add_row("a whole step", f"{report.step_seconds * 1e3:.1f}", "", "")
+    return table
+
+
+def _speed(report: Report) -> Table:
+    natural = report.natural
+    table = Table(title="Speed", title_justify="left")
+    table.add_column("")
+    table.add_column("tokens/s", justify="right")
+    table.add_column("ms a step", justify="right")
+    table.add_column("")
+    for work in report.fixed:
+        name = f"{work.steps} steps a canvas"
+        table.add_row(name, f"{work.tokens_per_second:.1f}", f"{work.seconds_per_step * 1e3:.1f}", "fixed work")
+    taken = sum(natural.steps)
+    spread = ", ".join(f"{steps}×{count}" for steps, count in natural.distribution.items())
+    table.add_row(
+        "natural stop",
+        f"{natural.tokens_per_second:.1f}",
+        f"{natural.seconds / taken * 1e3:.1f}" if taken else "",
+        f"{taken / len(natural.steps):.1f} steps a canvas (steps×canvases: {spread})" if taken else "",
+    )
+    if report.against:
+        rival = report.against
+        peak = f"autoregressive, peak {rival.peak_memory / 1e9:.2f} GB"
+        table.add_row(rival.model, f"{rival.tokens_per_second:.1f}", "", peak)
+    table.add_row("prefill", f"{report.prefill_tokens_per_second:.1f}", "", f"{report.prefix:,} tokens")
+    first, peak = natural.first_canvas_seconds, natural.peak_memory / 1e9
+    table.add_section()
+    table.add_row("first canvas", "", "", f"after {first:.2f} s (median)")
+    table.add_row("peak memory", "", "", f"{peak:.2f} GB")
+    return table

@@ -1,0 +1,103 @@
+"""Where a denoising step's time goes: each component by itself, over all layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from . import operations
+from .ceilings import Ceilings, seconds_of
+
+if TYPE_CHECKING:
+    from ..model.cache import Cache
+    from ..model.diffusion_gemma import DecoderLayer, DiffusionGemma
+
+TEMPERATURE = 0.6
+# The ceiling that each kind of operation in `operations.step_operations` is held against.
+KINDS = {
+    "product": "quantized",
+    "product, plain": "quantized_plain",
+    "experts": "experts",
+    "attention, sliding": "attention_256",
+    "attention, full": "attention_512",
+}
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of a step, over all layers. `ceiling`: the share of the machine's own rate that it reaches, 0 to 1."""
+
+    name: str
+    seconds: float
+    operations: int
+    ceiling: float | None
+
+
+def measure_step(model: DiffusionGemma, cache: Cache, ceilings: Ceilings) -> tuple[list[Component], float]:
+    """Every component by itself, and a whole step of the trunk and the vocabulary: seconds of it."""
+    decoder, length = model.model.decoder, model.config.canvas_length
+    tokens = mx.random.randint(0, model.config.text.vocab_size, (1, length), key=mx.random.key(1))
+    x, key = model.embed(tokens), mx.random.key(2)
+    mx.eval(tokens, x, key)
+    attention = {
+        kind: [(layer, kept) for layer, kept in zip(decoder.layers, cache.layers, strict=True) if _kind(kept) == kind]
+        for kind in dict.fromkeys(_kind(kept) for kept in cache.layers)
+    }
+
+    def attend(layers: list[tuple[DecoderLayer, Any]]) -> mx.array:
+        def one(layer: tuple[DecoderLayer, Any], x: mx.array) -> mx.array:
+            block, kept = layer
+            output = block.self_attn(block.input_layernorm(x), kept.with_canvas, cache.offset, None)
+            kept.settle()
+            return output
+
+        return _in_turn(layers, one, x)
+
+    parts: dict[str, Callable[[], object]] = {
+        operations.CONDITIONING: lambda: decoder.self_conditioning(model.embed(tokens), x),
+        **{kind: lambda layers=layers: attend(layers) for kind, layers in attention.items()},
+        operations.DENSE: lambda: _in_turn(decoder.layers, _dense, x),
+        operations.EXPERTS: lambda: _in_turn(decoder.layers, _routed, x),
+        operations.VOCABULARY: lambda: model.read_vocabulary(x, TEMPERATURE, key),
+    }
+
+    def step() -> object:
+        hidden = model.denoise(tokens, cache, x)
+        cache.settle()
+        return model.read_vocabulary(hidden, TEMPERATURE, key)
+
+    counted = operations.step_operations(model.config, cache.offset)
+    components = [_component(name, seconds_of(work, 0.3), counted[name], ceilings) for name, work in parts.items()]
+    whole = seconds_of(step, 0.5)
+    cache.release()
+    return components, whole
+
+
+def _kind(kept: Any) -> str:
+    return operations.FULL_ATTENTION if kept.window is None else operations.SLIDING_ATTENTION
+
+
+def _in_turn(layers: list[Any], work: Callable[[Any, mx.array], mx.array], x: mx.array) -> mx.array:
+    """`work` of every layer on the same x, one after the other as in the model."""
+    output = x
+    for layer in layers:
+        output = work(layer, mx.depends(x, [output]))
+    return output
+
+
+def _dense(layer: DecoderLayer, x: mx.array) -> mx.array:
+    return layer.mlp(layer.pre_feedforward_layernorm(x))
+
+
+def _routed(layer: DecoderLayer, x: mx.array) -> mx.array:
+    tokens = x.reshape(-1, x.shape[-1])
+    return layer.experts(layer.pre_feedforward_layernorm_2(tokens), *layer.router(tokens))
+
+
+def _component(name: str, seconds: float, operations: dict[str, int], ceilings: Ceilings) -> Component:
+    rates = ceilings.to_dict()
+    least = sum(count / rates[KINDS[kind]] for kind, count in operations.items())
+    return Component(name, seconds, sum(operations.values()), least / seconds)

@@ -1,0 +1,151 @@
+"""What a model needs, computed from its configuration: the bytes to hold it, a prefix and a step.
+
+Shapes alone decide; nothing is loaded. Sizes are bytes, `item` is the bytes of one activation (2 in bfloat16).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..config import LayerConfig, ModelConfig, TextConfig
+from ..model.budgets import (
+    BLOCK_BUDGET,
+    BLOCK_TOKENS,
+    BLOCKS_ALIVE,
+    BLOCKS_ALIVE_ALONE,
+    CACHE_GROWTH,
+    GROUP,
+    MEMBER_ROWS,
+    ROWS_BUDGET,
+    SCORE_BUDGET,
+    TOGETHER,
+)
+
+if TYPE_CHECKING:
+    from ..model.cache import Cache
+
+CONTEXT = 8192  # tokens of prefix that a checkpoint's needs are quoted at
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the weights, of a prefix's keys and values, and of what one denoising step adds at its peak.
+
+    Beside them, `snapshot` is what a chat, or any cache that is kept, holds to go back to an earlier prompt; `rows`
+    what infilling adds, which denoises several canvases at once.
+    """
+
+    weights: int
+    cache: int
+    step: int
+    snapshot: int
+    rows: int
+
+    @property
+    def total(self) -> int:
+        """To answer a prompt."""
+        return self.weights + self.cache + self.step
+
+
+def memory_needed(config: ModelConfig, weights: int, context: int = CONTEXT, item: int = 2) -> Memory:
+    """To denoise a canvas after `context` tokens. weights: bytes of the tensors, see `ModelConfig` for the rest."""
+    text, canvas = config.text, config.canvas_length
+    return Memory(
+        weights,
+        cache_bytes(config, context, item),
+        step_bytes(config, context, item),
+        snapshot_bytes(config, context, item),
+        rows_bytes(text, canvas, context, rows_at_once(text, canvas, context, TOGETHER, item), item),
+    )
+
+
+def cache_bytes(config: ModelConfig, context: int, item: int = 2) -> int:
+    """Keys and values of `context` tokens, with the room that a canvas and growing need."""
+    return sum(
+        2 * item * layer.num_key_value_heads * layer.head_dim * _capacity(layer, config, context)
+        for layer in config.text.layers
+    )
+
+
+def step_bytes(config: ModelConfig, context: int, item: int = 2) -> int:
+    """The largest of what attention, the experts and the vocabulary hold at once."""
+    return _step_bytes(config.text, 1, config.canvas_length, context, item)
+
+
+def rows_at_once(text: TextConfig, canvas: int, context: int, most: int, item: int = 2) -> int:
+    """How many of `most` canvases of so many tokens, after one prefix of `context`, keep to ROWS_BUDGET; at least 1."""
+    return max(rows for rows in range(1, most + 1) if rows_bytes(text, canvas, context, rows, item) <= ROWS_BUDGET)
+
+
+def rows_after(cache: Cache, most: int) -> int:
+    """How many of `most` canvases after the one prefix in `cache` can be computed at once: what ROWS_BUDGET allows."""
+    item = max((array.itemsize for array in cache.arrays), default=2)
+    return rows_at_once(cache.config, cache.keep, cache.offset, most, item)
+
+
+def rows_bytes(text: TextConfig, canvas: int, context: int, rows: int, item: int = 2) -> int:
+    """What computing `rows` canvases at once after one prefix takes beyond what one takes: nothing for one, which is
+    written behind the prefix itself; for more, each one's copy of the prefix that it sees, one layer's keys once more,
+    which attention copies in passing, and the larger step.
+    """
+    if rows == 1:
+        return 0
+    keys = [
+        item * layer.num_key_value_heads * layer.head_dim * (visible_tokens(layer, text, context) + canvas)
+        for layer in text.layers
+    ]
+    step = _step_bytes(text, rows, canvas, context, item) - _step_bytes(text, 1, canvas, context, item)
+    return rows * (2 * sum(keys) + max(keys)) + step
+
+
+def snapshot_bytes(config: ModelConfig, context: int, item: int = 2) -> int:
+    """Of a kept cache's way back to an earlier prompt: what its sliding layers held then, beside what they hold now."""
+    return sum(
+        2 * item * layer.num_key_value_heads * layer.head_dim * _capacity(layer, config, context)
+        for layer in config.text.layers
+        if layer.is_sliding
+    )
+
+
+def _step_bytes(text: TextConfig, rows: int, canvas: int, context: int, item: int) -> int:
+    """Of `rows` canvases at once."""
+    tokens = rows * canvas
+    return max(
+        _attention_bytes(text, tokens, context + canvas, item),
+        item * tokens * text.top_k_experts * (2 * text.hidden_size + 3 * text.moe_intermediate_size),
+        _vocabulary_bytes(text, tokens, item),
+    )
+
+
+def visible_tokens(layer: LayerConfig, text: TextConfig, context: int) -> int:
+    """Tokens of the prefix that a canvas sees."""
+    return min(context, text.sliding_window - 1) if layer.is_sliding else context
+
+
+def _capacity(layer: LayerConfig, config: ModelConfig, context: int) -> int:
+    """Tokens that a layer's buffers have room for."""
+    canvas = config.canvas_length
+    if layer.is_sliding:
+        return min(context, config.text.sliding_window - 1 + canvas) + canvas
+    return -(-(context + canvas) // CACHE_GROWTH) * CACHE_GROWTH
+
+
+def _attention_bytes(text: TextConfig, rows: int, keys: int, item: int) -> int:
+    """Of the widest layer: queries, keys and values, the result, and before and after softmax the scores."""
+    widths = [text.num_attention_heads * layer.head_dim for layer in text.layers]
+    scores = min(text.num_attention_heads * rows * keys, SCORE_BUDGET // 4)
+    return 2 * item * scores + 4 * item * rows * max(widths)
+
+
+def _vocabulary_bytes(text: TextConfig, rows: int, item: int) -> int:
+    """A block's arrays and a copy of its embeddings, which a CPU makes of plain ones; then the candidates among which
+    each position draws. The groups' masses all along.
+    """
+    masses = 4 * rows * -(-text.vocab_size // GROUP)
+    whole = 4 * rows * text.vocab_size
+    block = min(BLOCK_BUDGET, 4 * rows * BLOCK_TOKENS)
+    blocks = BLOCKS_ALIVE * block if whole > block else BLOCKS_ALIVE_ALONE * whole
+    candidates = item * min(rows, MEMBER_ROWS) * GROUP * text.hidden_size
+    copy = item * text.hidden_size * (block // (4 * rows) if whole > block else text.vocab_size)
+    return masses + max(blocks + copy, 2 * candidates + masses)

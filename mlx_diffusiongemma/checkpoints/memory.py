@@ -1,0 +1,55 @@
+"""What this machine's memory allows, and the limits a loaded model sets for itself."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import mlx.core as mx
+
+from ..config import ModelConfig
+from ..errors import CheckpointError, MemoryWarning
+from .accounting import CONTEXT, memory_needed
+
+# Freed buffers that MLX keeps for the next request. Without a limit they pile up over requests of mixed lengths.
+CACHE_LIMIT = 2**30
+
+
+def usable_bytes() -> int:
+    """Memory that a model can use here: the GPU's working-set limit on a Mac, else the machine's memory."""
+    on_gpu = mx.default_device() == mx.gpu
+    limit = mx.device_info().get("max_recommended_working_set_size") if on_gpu else None
+    return int(limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def check_fits(config: ModelConfig, weights: int, directory: Path, item: int = 2) -> None:
+    """Compare what the model needs (weights of so many bytes, a prefix's K/V, one step) with what there is. item: bytes
+    of an activation.
+
+    Warns where a prefix of 8,192 tokens does not fit; raises CheckpointError where not even a short one does.
+    """
+    limit = usable_bytes()
+    least = memory_needed(config, weights, context=1, item=item).total
+    comfortable = memory_needed(config, weights, context=CONTEXT, item=item).total
+    raising = f"raise the GPU's limit (sudo sysctl iogpu.wired_limit_mb={-(-comfortable // 2**20)})"
+    if least > limit:
+        raise CheckpointError(
+            f"{directory} needs {least / 1e9:.1f} GB to run, and {limit / 1e9:.1f} GB can be used here; convert with "
+            f"fewer bits (mlx-dg convert --recipe small), or on a Mac with more memory {raising}."
+        )
+    if comfortable > limit:
+        warnings.warn(
+            f"{directory} needs {comfortable / 1e9:.1f} GB with {CONTEXT:,} tokens of context, and "
+            f"{limit / 1e9:.1f} GB can be used here: keep prompts short, or on a Mac with more memory {raising}.",
+            MemoryWarning,
+            stacklevel=3,
+        )
+
+
+def set_limits() -> None:
+    """Bound what MLX keeps of freed memory, and where there is a working-set limit, keep the model resident in it."""
+    from mlx_lm.utils import maybe_set_recommended_wired_limit
+
+    mx.set_cache_limit(CACHE_LIMIT)
+    maybe_set_recommended_wired_limit()

@@ -1,0 +1,53 @@
+"""Typed functions from a file, which the model may call and the user allows."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ...errors import PromptError
+from ...processing.tools import tool_schemas
+
+Functions = dict[str, Callable[..., Any]]
+
+
+def load_functions(path: Path) -> Functions:
+    """The public functions that the Python file at `path` defines, by name. The file is run. Raises PromptError."""
+    spec = importlib.util.spec_from_file_location("mlx_dg_chat_tools", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise PromptError(f"{path} is not a Python file; give one that defines typed functions.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        raise PromptError(f"{path} cannot be run ({type(error).__name__}: {error}); mend it first.") from None
+    found = {
+        name: function
+        for name, function in vars(module).items()
+        if inspect.isfunction(function) and function.__module__ == module.__name__ and not name.startswith("_")
+    }
+    if not found:
+        raise PromptError(f"{path} defines no public function; write one with type hints and a docstring.")
+    tool_schemas(list(found.values()))  # or the first message would say what cannot be described
+    return found
+
+
+def written(call: dict[str, Any]) -> str:
+    """A call as Python would write it."""
+    function = call["function"]
+    arguments = ", ".join(
+        f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in function["arguments"].items()
+    )
+    return f"{function['name']}({arguments})"
+
+
+def run_call(functions: Functions, call: dict[str, Any]) -> Any:
+    """What the called function returns; what it raises, as the answer that the model gets."""
+    try:
+        return functions[call["function"]["name"]](**call["function"]["arguments"])
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        return {"error": f"{type(error).__name__}: {error}"}

@@ -1,0 +1,279 @@
+"""A traced generation as pictures: an animation of its text, and a map of its entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from xml.sax.saxutils import escape
+
+from ..errors import PromptError
+from ..events import Commit, Draft
+from .cells import Row, clusters, layout, printable
+from .terminal import draft_spans
+from .trace import Traced
+
+if TYPE_CHECKING:
+    from PIL import ImageDraw, ImageFont
+
+    Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+COLUMNS = 80
+MOST_ROWS = 40
+LONGEST_FRAME, LAST_FRAME = 1.0, 3.0  # seconds
+CELL_WIDTH, LINE_HEIGHT, FONT_SIZE, MARGIN = 8.4, 20, 14, 18  # of the animations, in pixels
+BACKGROUND, LABEL = "#12141c", "#8b90a3"
+COLORS = {"committed": "#e8eaf2", "accepted": "#8fd6a0", "noise": "#565b70", "status": LABEL}
+# From certain to uncertain.
+SCALE = ("#171a26", "#2b2a63", "#6a2a83", "#b3386b", "#e8653f", "#f8b53c", "#fcf6a4")
+LEVELS = 32
+# Of the GIF, in this order, where they are installed: fixed width first, then what knows more scripts.
+FONTS = (
+    "Menlo.ttc",
+    "DejaVuSansMono.ttf",
+    "Arial Unicode.ttf",
+    "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+    "AppleSDGothicNeo.ttc",
+    "NotoSansCJK-Regular.ttc",
+)
+SHADES = 16  # of each color, down to the background, for smooth letters in a GIF
+MAP_WIDTH, MAP_STEP = 768, 10  # of the map: its cells together, and the height of a step
+GUTTER, HEADING, AXIS, LEGEND = 48, 26, 34, 44
+NO_DRAFTS = "The trace has no drafts, so there is nothing to draw; trace a whole request."
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What an animation shows for so many seconds: rows of the styles in `COLORS`, the last one a status line."""
+
+    rows: list[Row]
+    seconds: float
+
+
+def animated_svg(trace: list[Traced], columns: int = COLUMNS) -> str:
+    """An animation of the text taking shape, for browsers and READMEs. Raises PromptError where there are no drafts."""
+    frames = _frames(trace, columns)
+    width, height = _size(frames, columns)
+    total = sum(frame.seconds for frame in frames)
+    film, starts, elapsed = [], [], 0.0
+    for number, frame in enumerate(frames):
+        starts.append(f"{elapsed / total:.4%}{{transform:translateY({-number * height}px)}}")
+        elapsed += frame.seconds
+        rows = "".join(_svg_row(row, MARGIN + LINE_HEIGHT * (i + 0.75)) for i, row in enumerate(frame.rows))
+        film.append(f'<g transform="translate(0 {number * height})">{rows}</g>')
+    classes = "".join(f".{name}{{fill:{color}}}" for name, color in COLORS.items())
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
+        f"<style>text{{font:{FONT_SIZE}px ui-monospace,Menlo,'DejaVu Sans Mono',monospace;white-space:pre}}{classes}"
+        f"@keyframes play{{{''.join(starts)}}}.film{{animation:play {total:.2f}s step-end infinite}}"
+        f"@media(prefers-reduced-motion){{.film{{animation:none;"
+        f"transform:translateY({-(len(frames) - 1) * height}px)}}}}</style>"
+        f'<rect width="100%" height="100%" rx="8" fill="{BACKGROUND}"/><g class="film">{"".join(film)}</g></svg>\n'
+    )
+
+
+def animated_gif(trace: list[Traced], path: str | Path, columns: int = COLUMNS, font: str | Path | None = None) -> None:
+    """`animated_svg` as a GIF, for places that show no SVG.
+
+    font: a TrueType font file, instead of the system's. Characters that no font has are drawn as boxes.
+    Raises PromptError where there are no drafts, or the font or the file cannot be used.
+    """
+    from PIL import Image, ImageDraw
+
+    frames = _frames(trace, columns)
+    pen = _Pen(_fonts(font))
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(
+        b"".join(_blend(BACKGROUND, c, n / (SHADES - 1)) for c in COLORS.values() for n in range(SHADES))
+    )
+    images = []
+    for frame in frames:
+        image = Image.new("RGB", _size(frames, columns), BACKGROUND)
+        draw = ImageDraw.Draw(image)
+        for number, row in enumerate(frame.rows):
+            pen.row(draw, row, MARGIN + LINE_HEIGHT * number)
+        images.append(image.quantize(palette=palette, dither=Image.Dither.NONE))
+    durations = [round(frame.seconds * 1000) for frame in frames]
+    try:
+        images[0].save(path, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
+    except OSError as error:
+        raise PromptError(f"The GIF cannot be written to {path} ({error.strerror}); give another path.") from None
+
+
+def entropy_svg(trace: list[Traced]) -> str:
+    """A map of entropy by position (across) and step (down), a panel per canvas. Raises PromptError without drafts."""
+    canvases: dict[int, list[list[float]]] = {}
+    for traced in trace:
+        if isinstance(traced.event, Draft):
+            canvases.setdefault(traced.event.canvas, []).append(traced.event.entropy)
+    if not canvases:
+        raise PromptError(NO_DRAFTS)
+    positions = max(len(row) for rows in canvases.values() for row in rows)
+    top = max(max(map(max, rows)) for rows in canvases.values()) or 1.0
+    cell = max(2, MAP_WIDTH // positions)
+    tick = next(step for step in (2**n for n in range(32)) if positions <= 10 * step)
+    panels, y = [], float(MARGIN)
+    for canvas, rows in canvases.items():
+        panels.append(_panel(f"canvas {canvas + 1}", rows, top, cell, tick, y))
+        y += HEADING + MAP_STEP * len(rows) + AXIS
+    width, height = round(cell * positions + GUTTER + MARGIN), round(y + LEGEND)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
+        f"<style>text{{font:12px system-ui,sans-serif;fill:{LABEL}}}.end{{text-anchor:end}}"
+        f".middle{{text-anchor:middle}}</style>"
+        f'<rect width="100%" height="100%" rx="8" fill="{BACKGROUND}"/>{"".join(panels)}{_legend(top, y)}</svg>\n'
+    )
+
+
+def _panel(name: str, rows: list[list[float]], top: float, cell: int, tick: int, y: float) -> str:
+    """One canvas: a path per color, with a stroke for every run of positions in it, and a mark every `tick`."""
+    y += HEADING
+    strokes: dict[int, str] = {}
+    for step, row in enumerate(rows):
+        levels = [_level(entropy, top) for entropy in row]
+        start = 0
+        for position in range(1, len(levels) + 1):
+            if position == len(levels) or levels[position] != levels[start]:
+                x, width = GUTTER + start * cell, (position - start) * cell
+                run = f"M{x:g} {y + MAP_STEP * (step + 0.5):g}h{width:g}"
+                strokes[levels[start]] = strokes.get(levels[start], "") + run
+                start = position
+    paths = "".join(f'<path stroke="{_color(n)}" d="{d}"/>' for n, d in sorted(strokes.items()))
+    last, bottom = len(rows), y + MAP_STEP * len(rows)
+    steps = "".join(
+        f'<text class="end" x="{GUTTER - 8}" y="{y + MAP_STEP * (step - 0.5) + 4:g}">{step}</text>'
+        for step in sorted({1, last, *range(10, last - 1, 10)} - {2})
+    )
+    marks = "".join(
+        f'<text class="middle" x="{GUTTER + (position + 0.5) * cell:g}" y="{bottom + 16:g}">{position}</text>'
+        for position in range(0, len(rows[0]), tick)
+    )
+    heading = f'<text x="{GUTTER}" y="{y - 8:g}">{name}: step (down) by position (across)</text>'
+    return f'{heading}<g fill="none" stroke-width="{MAP_STEP}" shape-rendering="crispEdges">{paths}</g>{steps}{marks}'
+
+
+def _legend(top: float, y: float) -> str:
+    bar = "".join(
+        f'<rect x="{GUTTER + 6 * n}" y="{y:g}" width="6" height="10" fill="{_color(n)}"/>' for n in range(LEVELS)
+    )
+    marks = "".join(
+        f'<text class="middle" x="{GUTTER + 6 * LEVELS * share:g}" y="{y + 25:g}">{top * share**2:.2g}</text>'
+        for share in (0, 0.25, 0.5, 0.75, 1)
+    )
+    return f'{bar}{marks}<text x="{GUTTER + 6 * LEVELS + 24}" y="{y + 10:g}">entropy in nats</text>'
+
+
+def _level(entropy: float, top: float) -> int:
+    """By the square root: most positions are nearly certain, and those are where differences matter."""
+    return round((LEVELS - 1) * (min(max(entropy, 0.0), top) / top) ** 0.5)
+
+
+def _color(level: int) -> str:
+    """Of `SCALE`, in between its colors."""
+    place = level / (LEVELS - 1) * (len(SCALE) - 1)
+    index = min(int(place), len(SCALE) - 2)
+    return "#" + _blend(SCALE[index], SCALE[index + 1], place - index).hex()
+
+
+def _blend(first: str, second: str, share: float) -> bytes:
+    """The color between two: red, green, blue."""
+    pair = zip(bytes.fromhex(first[1:]), bytes.fromhex(second[1:]), strict=True)
+    return bytes(round(a + (b - a) * share) for a, b in pair)
+
+
+def _frames(trace: list[Traced], columns: int) -> list[Frame]:
+    """A frame per draft and commit. All have as many rows, so that the status line stays in its place."""
+    screens = list(_screens(trace, columns))
+    if not screens:
+        raise PromptError(NO_DRAFTS)
+    tallest = max(len(rows) for _, rows, _ in screens)
+    ends = [seconds for seconds, _, _ in screens[1:]]
+    frames = []
+    for (start, rows, status), end in zip(screens, [*ends, screens[-1][0] + LAST_FRAME], strict=True):
+        rows = [*rows, *[Row([])] * (tallest - len(rows) + 1), Row([("status", status)])]
+        longest = LONGEST_FRAME if len(frames) < len(ends) else LAST_FRAME
+        frames.append(Frame(rows, min(max(end - start, 0.02), longest)))
+    return frames
+
+
+def _screens(trace: list[Traced], columns: int) -> Iterator[tuple[float, list[Row], str]]:
+    """When each screen comes, its rows of text and its status."""
+    text, status = "", ""
+    for traced in trace:
+        match traced.event:
+            case Draft() as draft:
+                status = f"canvas {draft.canvas + 1} · step {draft.step}/{draft.max_steps}"
+                status += f" · entropy {draft.mean_entropy:.3f}"
+                spans = [("committed", text), *draft_spans(draft, _style)]
+                yield traced.seconds, layout(spans, columns, words=True)[-MOST_ROWS:], status
+            case Commit() as commit:
+                text += printable(commit.text)
+                yield traced.seconds, layout([("committed", text)], columns, words=True)[-MOST_ROWS:], status
+
+
+def _style(accepted: bool, entropy: float) -> str:
+    return "accepted" if accepted else "noise"
+
+
+def _size(frames: list[Frame], columns: int) -> tuple[int, int]:
+    return round(CELL_WIDTH * columns) + 2 * MARGIN, LINE_HEIGHT * len(frames[0].rows) + 2 * MARGIN
+
+
+def _svg_row(row: Row, y: float) -> str:
+    """A row of text in which every run begins in its own cell, however wide the viewer's fonts are."""
+    runs, column = "", 0
+    for style, text in row.runs:
+        x = MARGIN + CELL_WIDTH * column
+        runs += f'<tspan x="{x:.1f}" class="{style}">{escape(text)}</tspan>'
+        column += sum(width for _, width in clusters(text))
+    return f'<text y="{y:g}">{runs}</text>' if runs else ""
+
+
+def _fonts(path: str | Path | None) -> list[Font]:
+    """The font at `path` or the system's, and after them Pillow's own. Raises PromptError."""
+    from PIL import ImageFont
+
+    fonts: list[Font] = []
+    for name in (str(path),) if path else FONTS:
+        try:
+            fonts.append(ImageFont.truetype(name, FONT_SIZE))
+        except OSError:
+            if path:
+                raise PromptError(f"{path} is not a font file that can be read; give a TrueType font.") from None
+    return [*fonts, ImageFont.load_default(FONT_SIZE)]
+
+
+class _Pen:
+    """Writes rows of text on an image, each character in the first font that has it."""
+
+    def __init__(self, fonts: list[Font]):
+        self.fonts = fonts
+        self.missing = [bytes(font.getmask("\U0010fffe")) for font in fonts]
+        self.known: dict[str, int | None] = {}
+
+    def row(self, draw: ImageDraw.ImageDraw, row: Row, y: float) -> None:
+        x = float(MARGIN)
+        for style, text in row.runs:
+            for cluster, cells in clusters(text):
+                x += self._character(draw, cluster, cells, (x, y), COLORS[style])
+
+    def _character(
+        self, draw: ImageDraw.ImageDraw, cluster: str, cells: int, corner: tuple[float, float], color: str
+    ) -> float:
+        """Draw it and return how far it reaches."""
+        index = self._font(cluster)
+        if index is None:
+            x, y = corner
+            draw.rounded_rectangle((x + 1, y + 3, x + CELL_WIDTH * cells - 2, y + LINE_HEIGHT - 4), 2, outline=color)
+            return CELL_WIDTH * cells
+        font = self.fonts[index]
+        draw.text(corner, cluster, fill=color, font=font)
+        return CELL_WIDTH * cells if index else font.getlength(cluster)
+
+    def _font(self, cluster: str) -> int | None:
+        if cluster not in self.known:
+            has = (n for n, font in enumerate(self.fonts) if bytes(font.getmask(cluster)) != self.missing[n])
+            self.known[cluster] = 0 if cluster.isspace() else next(has, None)
+        return self.known[cluster]

@@ -1,0 +1,273 @@
+"""A generation seen in a terminal: the reply on stdout, and on stderr the canvas while it is being denoised."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, TextIO
+
+from ..events import Commit, Done, Draft, Event, Prefill, Stats
+from .cells import Row, Span, layout, printable
+
+if TYPE_CHECKING:
+    from ..options import GenerationOptions
+
+
+FRAME_SECONDS = 0.05
+RESET, NOISE = "\x1b[0m", "\x1b[2m"
+# From cool to hot, each up to an entropy in nats, in the colors of the terminal's own theme. ln(vocabulary) is 12.5.
+HEAT = ((0.01, ""), (0.1, "\x1b[36m"), (0.5, "\x1b[33m"), (1.5, "\x1b[35m"), (math.inf, "\x1b[31m"))
+
+
+def show(
+    events: Iterable[Event],
+    *,
+    live: bool | None = None,
+    heat: bool = False,
+    options: GenerationOptions | None = None,
+) -> Done:
+    """Play `events` to the end: the reply's text goes to stdout as it is committed, all else to stderr.
+
+    live: draw the canvas in place below the text; None: where stdout and stderr are both terminals and NO_COLOR is not
+    set. Otherwise a terminal on stderr gets one line of progress, and anything else nothing. heat: colour tokens by
+    their entropy. options: what the request runs with; lets the temperature be shown. On a terminal, the reply ends
+    with a line break.
+    """
+    if live is None:
+        live = _can_draw(sys.stdout) and _can_draw(sys.stderr) and not os.environ.get("NO_COLOR")
+    view = _View(sys.stdout, sys.stderr, live=live, heat=heat, options=options)
+    done = Done("cancelled", Stats())
+    try:
+        for event in events:
+            view.take(event)
+            if isinstance(event, Done):
+                done = event
+    finally:
+        view.close()
+    return done
+
+
+def statistics_line(stats: Stats) -> str:
+    """What a request cost, in one line for people."""
+    prompt = f"prompt {_count(stats.prompt_tokens, 'token')}"
+    if stats.cached_tokens:
+        prompt += f" ({stats.cached_tokens} cached)"
+    parts = [
+        prompt + _rate(stats.prompt_tokens_per_second),
+        _count(stats.generated_tokens, "token") + _rate(stats.tokens_per_second),
+        f"{_count(len(stats.steps), 'canvas', 'canvases')}, {stats.steps_per_canvas:.1f} steps each",
+    ]
+    if stats.retries:
+        parts.append(_count(stats.retries, "retry", "retries"))
+    if stats.peak_memory_bytes:
+        gigabytes = stats.peak_memory_bytes / 1e9
+        parts.append(f"peak {gigabytes:.1f} GB" if gigabytes >= 1 else f"peak {gigabytes * 1000:.0f} MB")
+    return " · ".join(parts)
+
+
+def _count(number: int, one: str, many: str | None = None) -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def _rate(per_second: float) -> str:
+    if not per_second:
+        return ""
+    return f", {per_second:.0f} tok/s" if per_second >= 100 else f", {per_second:.1f} tok/s"
+
+
+def _can_draw(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def draft_spans(draft: Draft, style: Callable[[bool, float], str]) -> list[Span]:
+    """A draft for `layout`, thoughts and calls too. style: from whether a token is accepted and its entropy in nats."""
+    if not draft.pieces:
+        return [(style(True, 0.0), printable(draft.text))]
+    spans: list[Span] = []
+    for piece, accepted, entropy in zip(draft.pieces, draft.accepted, draft.entropy, strict=True):
+        wanted, text = style(accepted, entropy), printable(piece)
+        if spans and spans[-1][0] == wanted:
+            text = spans.pop()[1] + text
+        spans.append((wanted, text))
+    return spans
+
+
+class _View:
+    """What is on the screen: the reply's unfinished last line, the draft that continues it, and a status line."""
+
+    def __init__(
+        self,
+        out: TextIO,
+        err: TextIO,
+        *,
+        live: bool,
+        heat: bool,
+        options: GenerationOptions | None,
+    ):
+        self.out, self.live, self.heat, self.options = out, live, heat, options
+        self.region = _Region(err) if live or _can_draw(err) else None
+        self.tame = out.isatty()  # a terminal obeys control characters; a file gets the reply as it is
+        self.line = ""  # of the reply: not on stdout yet, so that the region can be drawn below what is
+        self.at_line_start = True
+        self.draft: Draft | None = None
+        self.status = [""]  # the most important part first
+        self.steps = 0  # of the canvases before this one
+        self.drawn_at = -math.inf
+        self.behind = False
+
+    def take(self, event: Event) -> None:
+        """Show an event."""
+        match event:
+            case Prefill(done, total):
+                self.status = [f"prompt {done}/{total}"]
+                self._refresh()
+            case Draft():
+                self.draft = event
+                self.status = self._progress(event)
+                self._refresh()
+            case Commit():
+                if self.behind:
+                    self._draw()
+                self.draft = None
+                self.steps += event.steps
+                self._write(event.text)
+                if self.tame:
+                    self._draw()
+                elif self.region:  # the reader of the pipe may write to the same terminal: leave it alone
+                    self.region.release()
+
+    def close(self) -> None:
+        """Leave nothing but the reply on the screen, and the cursor on a new line."""
+        if self.region:
+            self.region.erase()
+        try:
+            self._print(self.line)
+            if self.tame and not self.at_line_start:
+                self._print("\n")
+        finally:  # stdout may be gone
+            if self.region:
+                self.region.release()
+
+    def _write(self, text: str) -> None:
+        self.line += printable(text) if self.tame else text
+        whole = self.line.rfind("\n") + 1 if self.region and self.tame else len(self.line)
+        if whole and self.region:
+            self.region.erase()
+        self._print(self.line[:whole])
+        self.line = self.line[whole:]
+
+    def _print(self, text: str) -> None:
+        if text:
+            self.out.write(text)
+            self.out.flush()
+            self.at_line_start = text.endswith("\n")
+
+    def _refresh(self) -> None:
+        self.behind = time.monotonic() - self.drawn_at < FRAME_SECONDS
+        if not self.behind:
+            self._draw()
+
+    def _draw(self) -> None:
+        if not self.region:
+            return
+        columns, lines = self.region.size()
+        line = layout([("", self.line)], columns)
+        rows = layout(self._spans(), columns)
+        excess = max(len(rows) + 1 - lines, 0)  # the top of a long line gives way first, then the draft's end
+        rows = rows[min(excess, max(len(line) - 1, 0)) :][: lines - 1]
+        self.region.draw([*rows, _fitting(self.status, columns - 1)])
+        self.drawn_at, self.behind = time.monotonic(), False
+
+    def _spans(self) -> list[Span]:
+        line = ("", self.line)
+        if not self.live or not self.draft:
+            return [line]
+        return [line, *draft_spans(self.draft, self._style)]
+
+    def _style(self, accepted: bool, entropy: float) -> str:
+        warmth = next(style for limit, style in HEAT if entropy <= limit) if self.heat else ""
+        return warmth if accepted else NOISE + warmth
+
+    def _progress(self, draft: Draft) -> list[str]:
+        parts = [f"canvas {draft.canvas + 1}", f"step {draft.step}/{draft.max_steps}"]
+        parts.append(f"entropy {draft.mean_entropy:.3f}")
+        if self.options and self.options.t_min is not None and self.options.t_max is not None:
+            from ..generation.sampling import temperature
+
+            value = temperature(draft.step, draft.max_steps, self.options.t_min, self.options.t_max)
+            parts.append(f"temperature {value:.2f}")
+        if self.steps:
+            parts.append(f"{self.steps + draft.step} steps so far")
+        return parts
+
+
+def _fitting(parts: list[str], columns: int) -> Row:
+    """As many of `parts` as a row holds."""
+    text = parts[0][:columns]
+    for part in parts[1:]:
+        if len(text) + len(" · ") + len(part) > columns:
+            break
+        text += f" · {part}"
+    return Row([("", text)])
+
+
+def _painted(row: Row) -> str:
+    return "".join(style + text + RESET if style else text for style, text in row.runs)
+
+
+class _Region:
+    """Rows at the bottom of a terminal that are replaced in place, each frame in one write.
+
+    The cursor stays at the end of the last row, and is hidden only within a frame: whatever ends the process, it is
+    there. Automatic wrapping is off within a frame, so that a character wider than expected cannot shift the rows.
+    """
+
+    BEGIN, END = "\x1b[?2026h\x1b[?25l", "\x1b[?25h\x1b[?2026l"
+    NO_WRAP, WRAP = "\x1b[?7l", "\x1b[?7h"
+    ERASE_ROW, ERASE_BELOW = "\x1b[K", "\x1b[J"
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        self.rows: list[Row] = []
+        self.columns = 0
+
+    def size(self) -> tuple[int, int]:
+        """Columns and lines of the terminal."""
+        try:
+            columns, lines = os.get_terminal_size(self.stream.fileno())
+        except OSError:
+            columns, lines = 80, 24
+        return max(columns, 2), max(lines, 2)
+
+    def draw(self, rows: list[Row]) -> None:
+        """Replace what is there."""
+        body = "\r\n".join(self.ERASE_ROW + _painted(row) for row in rows)
+        self._send(self.BEGIN + self._to_top() + self.NO_WRAP + body + self.ERASE_BELOW + self.WRAP + self.END)
+        self.rows, self.columns = rows, self.size()[0]
+
+    def erase(self) -> None:
+        """Take the rows away, to write something above the next ones; the screen shows it with the next `draw`."""
+        if not self.rows:  # what stands there is someone else's
+            return
+        # Erasing a whole screen makes tmux keep it in its history; from the second column on, it is not a whole one.
+        self._send(self.BEGIN + self._to_top() + self.ERASE_ROW + "\x1b[C" + self.ERASE_BELOW + "\r")
+        self.rows = []
+
+    def release(self) -> None:
+        """Let the screen show what it holds, with the cursor on it."""
+        self._send(self.WRAP + self.END)
+
+    def _to_top(self) -> str:
+        columns, lines = self.size()
+        height = len(self.rows)
+        if columns < self.columns:  # the terminal has wrapped the rows since
+            height = sum(len(layout([("", row.text)], columns)) or 1 for row in self.rows)
+        up = min(height, lines) - 1
+        return f"\r\x1b[{up}A" if up > 0 else "\r"
+
+    def _send(self, text: str) -> None:
+        self.stream.write(text)
+        self.stream.flush()

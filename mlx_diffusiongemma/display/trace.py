@@ -1,0 +1,157 @@
+"""A generation as JSON lines: printed for other programs, or kept in a file and played again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..errors import PromptError
+from ..events import Commit, Done, Draft, Event, Part, Prefill, Stats
+from .terminal import show
+
+LONGEST_PAUSE = 1.0  # seconds that a replay waits for an event
+USUAL_PAUSE = 0.1  # where the file holds no times
+
+
+@dataclass(frozen=True)
+class Traced:
+    """An event, and when it came, in seconds after the first."""
+
+    event: Event
+    seconds: float
+
+
+def event_json(event: Event) -> str:
+    """An event as one line of JSON, with its kind in `type`: prefill, draft, commit or done."""
+    return _line(_fields(event))
+
+
+class TraceWriter:
+    """Writes the events of one request to the file at `path`, a line each; whatever stops it, it can be replayed.
+
+    Raises PromptError where the file cannot be written.
+    """
+
+    def __init__(self, path: str | Path):
+        try:
+            self.file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise PromptError(f"The trace cannot be written to {path} ({error.strerror}); give another path.") from None
+        self.started: float | None = None
+
+    def write(self, event: Event) -> None:
+        now = time.monotonic()
+        self.started = now if self.started is None else self.started
+        content = _fields(event) | {"time": round(now - self.started, 4)}
+        self.file.write(_line(content) + "\n")
+
+    def watch(self, events: Iterable[Event]) -> Iterator[Event]:
+        """Write each of `events` and pass it on."""
+        for event in events:
+            self.write(event)
+            yield event
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __enter__(self) -> TraceWriter:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+
+def read_trace(path: str | Path) -> list[Traced]:
+    """What `TraceWriter` wrote, or the output of `--json`. Raises PromptError where the file is neither."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except OSError as error:
+        raise PromptError(f"{path} cannot be read ({error.strerror}); give the file of a trace.") from None
+    except UnicodeDecodeError:
+        raise PromptError(f"{path} is not a text file; give a file that `--trace` wrote.") from None
+    trace: list[Traced] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            content = json.loads(line)
+            seconds = float(content.get("time", USUAL_PAUSE * len(trace)))
+            trace.append(Traced(_event(content), seconds))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise PromptError(
+                f"{path} is not a trace: line {number} holds no event; give a file that `--trace` wrote."
+            ) from None
+    return trace
+
+
+def replay(path: str | Path, speed: float = 1.0, *, live: bool | None = None, heat: bool = False) -> Done:
+    """Play the trace at `path` in the terminal as `show` does; waits of more than a second are cut to one.
+
+    speed: 2 is twice as fast. Raises PromptError.
+    """
+    if not speed > 0:
+        raise PromptError(f"The speed is {speed:g}; give a number above 0.")
+    return show(_paced(read_trace(path), speed), live=live, heat=heat)
+
+
+def _paced(trace: list[Traced], speed: float) -> Iterator[Event]:
+    due, before = time.monotonic(), trace[0].seconds
+    for traced in trace:
+        due += min(max(traced.seconds - before, 0), LONGEST_PAUSE) / speed
+        before = traced.seconds
+        time.sleep(max(due - time.monotonic(), 0))
+        yield traced.event
+
+
+def _line(content: dict[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+
+
+def _fields(event: Event) -> dict[str, Any]:
+    content = {"type": type(event).__name__.lower()} | vars(event)
+    match event:
+        case Draft():
+            content["entropy"] = [round(entropy, 4) for entropy in event.entropy]
+        case Commit():
+            content["text"] = event.text
+        case Done(_, stats):
+            rates = ("prompt_tokens_per_second", "tokens_per_second", "steps_per_canvas", "tokens_per_step")
+            values = (stats.prompt_tokens_per_second, stats.tokens_per_second)
+            values += (stats.steps_per_canvas, stats.tokens_per_step)
+            content["stats"] = vars(stats) | {name: round(v, 3) for name, v in zip(rates, values, strict=True)}
+    return content
+
+
+def _event(content: dict[str, Any]) -> Event:
+    """The event that `_fields` took apart. Raises KeyError, TypeError or ValueError where there is none."""
+    match content["type"]:
+        case "prefill":
+            return Prefill(int(content["done"]), int(content["total"]))
+        case "draft":
+            return _draft(content)
+        case "commit":
+            tokens = [int(token) for token in content["tokens"]]
+            return Commit(int(content["canvas"]), tokens, _parts(content["parts"]), int(content["steps"]))
+        case "done":
+            stats = {field.name: content["stats"][field.name] for field in fields(Stats)}
+            return Done(content["finish_reason"], Stats(**stats), content.get("note", ""))
+        case kind:
+            raise ValueError(f"unknown kind of event {kind!r}")
+
+
+def _draft(content: dict[str, Any]) -> Draft:
+    tokens = [int(token) for token in content["tokens"]]
+    accepted = [bool(accepted) for accepted in content["accepted"]]
+    entropy = [float(entropy) for entropy in content["entropy"]]
+    pieces = [str(piece) for piece in content.get("pieces") or []]
+    if not tokens or len({len(tokens), len(accepted), len(entropy), len(pieces) or len(tokens)}) > 1:
+        raise ValueError("a draft needs as many tokens as marks, entropies and pieces")
+    numbers = (int(content[name]) for name in ("canvas", "step", "max_steps"))
+    return Draft(*numbers, tokens, accepted, entropy, str(content["text"]), _parts(content.get("parts", ())), pieces)
+
+
+def _parts(pairs: Iterable[Any]) -> list[Part]:
+    return [(kind, str(text)) for kind, text in pairs]

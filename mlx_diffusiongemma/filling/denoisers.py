@@ -1,0 +1,114 @@
+"""Denoisers that stand in for the model: in a `CanvasRun` of more rows than fit memory at once, or where some positions
+can take certain tokens only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from ..model import vocabulary
+from ..model.vocabulary import Reading
+
+if TYPE_CHECKING:
+    from ..generation.denoising import Denoiser
+    from ..model.cache import Cache
+    from ..model.diffusion_gemma import DiffusionGemma
+
+Allowed = tuple[int, ...] | None  # ids that a position may take; None: any
+
+
+class InParts:
+    """`model`, which computes at most `most` rows at once, one part of the batch after the other.
+
+    To the run it is one batch: draws and stopping are those of all rows, however few are computed at once.
+    """
+
+    def __init__(self, model: DiffusionGemma, most: int):
+        self.model, self.most = model, most
+
+    def denoise(self, canvas: mx.array, cache: Cache, self_conditioning: mx.array | None = None) -> mx.array:
+        hidden: list[mx.array] = []
+        for part in self._parts(canvas.shape[0]):
+            own = mx.depends([canvas[part]], hidden[-1:])[0]  # or they would all be in memory together
+            condition = None if self_conditioning is None else self_conditioning[part]
+            hidden.append(self.model.denoise(own, cache, condition))
+        return self._joined(hidden, canvas.shape[0])
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        return self.model.embed(tokens)
+
+    def read_vocabulary(self, hidden: mx.array, temperature: float, key: mx.array | None = None) -> Reading:
+        """As the model's. key: one per row, [B, 2], or none."""
+        readings: list[Reading] = []
+        for part in self._parts(hidden.shape[0]):
+            before = [array for reading in readings[-1:] for array in reading if array is not None]
+            own = mx.depends([hidden[part]], before)[0]
+            readings.append(self.model.read_vocabulary(own, temperature, None if key is None else key[part]))
+        columns = zip(*readings, strict=True)
+        return Reading(*(None if arrays[0] is None else self._joined(arrays, hidden.shape[0]) for arrays in columns))
+
+    def _parts(self, rows: int) -> list[slice]:
+        """As few as possible and all of one size, for which buffers stay: the last one may repeat some rows."""
+        count = -(-rows // self.most)
+        size = -(-rows // count)
+        starts = [min(number * size, rows - size) for number in range(count)]
+        return [slice(start, start + size) for start in starts]
+
+    def _joined(self, arrays: Sequence[mx.array], rows: int) -> mx.array:
+        if len(arrays) == 1:
+            return arrays[0]
+        repeated = sum(array.shape[0] for array in arrays) - rows
+        return mx.concatenate([*arrays[:-1], arrays[-1][repeated:]])
+
+
+class Restricted:
+    """`denoiser`, which computes as `model` does, where `allowed` [rows][positions] says what a position may hold.
+
+    Argmax, sample, entropy and soft embedding of a restricted position are those of the model's distribution over its
+    allowed tokens. Meant for short lists of ids: their logits are computed at every position.
+    """
+
+    def __init__(self, model: DiffusionGemma, denoiser: Denoiser, allowed: Sequence[Sequence[Allowed]]):
+        self.model, self.denoiser = model, denoiser
+        kinds = dict.fromkeys(ids for row in allowed for ids in row if ids is not None)
+        self.kinds = [(mx.array(ids), mx.array([[own == ids for own in row] for row in allowed])) for ids in kinds]
+
+    def denoise(self, canvas: mx.array, cache: Cache, self_conditioning: mx.array | None = None) -> mx.array:
+        return self.denoiser.denoise(canvas, cache, self_conditioning)
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        return self.model.embed(tokens)
+
+    def read_vocabulary(self, hidden: mx.array, temperature: float, key: mx.array | None = None) -> Reading:
+        """As the model's, with the restricted positions replaced."""
+        reading = self.denoiser.read_vocabulary(hidden, temperature, key)
+        for ids, where in self.kinds:
+            reading = self._restrict(reading, hidden, temperature, key, ids, where)
+        return reading
+
+    def _restrict(
+        self,
+        reading: Reading,
+        hidden: mx.array,
+        temperature: float,
+        key: mx.array | None,
+        ids: mx.array,
+        where: mx.array,
+    ) -> Reading:
+        embedding = self.model.model.decoder.embed_tokens
+        cap = self.model.config.text.final_logit_softcapping
+        logits = vocabulary.logits(vocabulary.embedding_rows(embedding, ids), hidden, cap) / temperature  # [B, L, ids]
+        log_probabilities = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        probabilities = mx.exp(log_probabilities)
+        tokens = mx.where(where, ids[logits.argmax(axis=-1)], reading.tokens)
+        entropy = mx.where(where, -(probabilities * log_probabilities).sum(axis=-1), reading.entropy)
+        if key is None:
+            return Reading(tokens, None, entropy, None)
+        sample = mx.where(where, ids[vocabulary.sample_from(logits, key)], reading.sample)
+        soft = probabilities.astype(reading.soft_embedding.dtype) @ self.model.embed(ids).astype(
+            reading.soft_embedding.dtype
+        )
+        return Reading(tokens, sample, entropy, mx.where(where[..., None], soft, reading.soft_embedding))

@@ -1,0 +1,130 @@
+"""Editing in place: a span of a text is written anew, starting from its own tokens."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import random
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..errors import PromptError
+from ..events import Result
+from ..generation.replying import request_options
+from ..options import GenerationOptions
+from .gaps import Filling, Gap, longest_gap, text_tokens
+from .infilling import reply_ending
+from .search import Attempt, GapFiller
+
+if TYPE_CHECKING:
+    from ..model.diffusion_gemma import DiffusionGemma
+    from ..processing.processor import Processor
+
+
+@dataclass(frozen=True)
+class Edited(Result):
+    """`text` is the whole text with the span written anew, or as it was where `finish_reason` is cancelled. diff:
+    unified, from the old text to the new.
+
+    attempts: the lengths tried and their scores.
+    """
+
+    diff: str = ""
+    attempts: list[Attempt] = field(default_factory=list)
+
+
+def edit(
+    model: DiffusionGemma,
+    processor: Processor,
+    text: str,
+    span: tuple[int, int],
+    instruction: str | Sequence[dict[str, Any]],
+    strength: float = 0.7,
+    options: GenerationOptions | None = None,
+    *,
+    cancel: threading.Event | None = None,
+) -> Edited:
+    """Rewrite the characters `span[0]` to `span[1]` (the one after the last) of `text`; nothing else changes.
+
+    instruction: what to do. A string is one user turn, with the span below it; chat messages are sent as they are.
+    The text is the model's reply, pinned but for the span, which starts from its own tokens. strength: the share of
+    them that noise replaces, 0 (the text comes back as it is) to 1 (from noise). Besides the span's own length, some
+    shorter and longer ones are tried, as in `infill`. Setting `cancel` from any thread stops within one step.
+    Raises PromptError.
+    """
+    if not isinstance(text, str):
+        raise PromptError(f"What to edit is a text, not a {type(text).__name__}.")
+    is_pair = isinstance(span, Sequence) and len(span) == 2
+    if not is_pair or not all(isinstance(place, int) and not isinstance(place, bool) for place in span):
+        raise PromptError(
+            f"The span is {span!r}; give two whole numbers, the first character and the one after the last."
+        )
+    start, stop = span
+    if not 0 <= start < stop <= len(text):
+        raise PromptError(
+            f"The span {start}:{stop} does not lie in the text, which has {len(text)} characters; give a first one and "
+            "the one after the last."
+        )
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
+        raise PromptError(f"strength is {strength!r}; give 0 (keep) to 1 (from noise).")
+    if strength == 0:
+        return Edited(text)
+    settings = request_options(model, options)
+    own = text_tokens(processor, text[start:stop])
+    longest = longest_gap(settings.canvas_length)
+    if len(own) > longest:
+        raise PromptError(f"The span has {len(own)} tokens; at most {longest} can be edited at once.")
+    if isinstance(instruction, str):
+        instruction = f"{instruction}\n\n{text[start:stop]}"
+    gap = Gap(tuple(_started(own, length, strength, settings.seed) for length in _lengths(len(own), longest)))
+    segments = [text_tokens(processor, text[:start]), gap, text_tokens(processor, text[stop:])]
+    filler = GapFiller(
+        model,
+        processor,
+        processor.prompt(instruction),
+        [segment for segment in segments if segment],
+        reply_ending(processor, is_reply=True),
+        settings,
+        replies=True,
+        cancel=cancel,
+    )
+    stats = filler.run()
+    written = [processor.draft_text(tokens) for tokens in filler.filled]  # one; none where cancelled
+    new = text[:start] + "".join(written or [text[start:stop]]) + text[stop:]
+    return Edited(
+        text=new,
+        tokens=filler.tokens,
+        finish_reason=filler.finish_reason,
+        stats=stats,
+        diff=unified_diff(text, new),
+        attempts=filler.attempts,
+    )
+
+
+def unified_diff(before: str, after: str, name: str = "text") -> str:
+    """What `diff -u` prints, "" where nothing changed; `name` is the file's."""
+    lines = [_lines(before), _lines(after)]
+    diff = difflib.unified_diff(*lines, f"a/{name}", f"b/{name}")
+    return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in diff)
+
+
+def _lines(text: str) -> list[str]:
+    """Lines with their ends. Only "\\n" ends one: `str.splitlines` knows more, and patches do not."""
+    pieces = text.split("\n")
+    return [piece + "\n" for piece in pieces[:-1]] + pieces[-1:] * bool(pieces[-1])
+
+
+def _lengths(own: int, longest: int) -> list[int]:
+    """Lengths of the new span to try: its own, and up to a quarter (at least three tokens) more or less."""
+    reach = max(math.ceil(own / 4), 3)
+    steps = sorted({round(reach * part / 3) for part in range(-3, 4)})
+    return sorted({min(max(own + step, 1), longest) for step in steps})
+
+
+def _started(own: list[int], length: int, strength: float, seed: int) -> Filling:
+    """The span's tokens, each gone (to become noise) with the probability `strength`; the same ones at any length."""
+    draw = random.Random(seed)
+    kept = [None if draw.random() < strength else token for token in own]
+    return Filling((*kept[:length], *[None] * (length - len(own))))

@@ -1,0 +1,119 @@
+"""A text with gaps in tokens, and how it lies on a canvas."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..errors import PromptError
+from ..generation.canvas import Canvas
+from .denoisers import Allowed
+
+if TYPE_CHECKING:
+    from ..processing.processor import Processor
+
+LENGTHS = 8  # of one gap, tried together
+
+
+@dataclass(frozen=True)
+class Filling:
+    """A way to begin a gap: a token per position, None for noise. pinned: it stays as it is. allowed: what each
+    position may take; empty where anything.
+    """
+
+    tokens: tuple[int | None, ...]
+    pinned: bool = False
+    allowed: tuple[Allowed, ...] = ()
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Room in a text, and the fillings to try."""
+
+    fillings: tuple[Filling, ...]
+
+    @property
+    def longest(self) -> int:
+        return max(len(filling.tokens) for filling in self.fillings)
+
+
+Segment = list[int] | Gap
+
+
+class Row(NamedTuple):
+    """A canvas with text and gaps. gaps: first position and the one after the last. fixed: those gaps whose filling
+    is pinned. end: after the last token of the text and the first one of its ending; the rest is no part of it.
+    """
+
+    canvas: Canvas
+    allowed: tuple[Allowed, ...]
+    gaps: tuple[tuple[int, int], ...]
+    fixed: tuple[bool, ...]
+    end: int
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in self.gaps)
+
+    def filled(self, tokens: Sequence[int]) -> Row:
+        """This row after denoising."""
+        return self._replace(canvas=Canvas(tokens, self.canvas.pinned))
+
+
+def longest_gap(canvas_length: int) -> int:
+    """Most tokens of a gap: three quarters of a canvas, so that some of what follows lies beside it."""
+    return canvas_length * 3 // 4
+
+
+def most_tokens(segments: Sequence[Segment]) -> int:
+    """What `segments` come to with the longest filling in every gap."""
+    return sum(segment.longest if isinstance(segment, Gap) else len(segment) for segment in segments)
+
+
+def lengths_up_to(most: int) -> list[int]:
+    """At most LENGTHS lengths from short to `most`, evenly apart."""
+    count = min(most, LENGTHS)
+    return [math.ceil(most * part / count) for part in range(1, count + 1)]
+
+
+def text_tokens(processor: Processor, text: str) -> list[int]:
+    """Ids of a text that is content and nothing else: what looks like a marker in it is spelled out.
+
+    Raises PromptError where it is not valid Unicode.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"The text is not valid Unicode ({error.reason}); check where it comes from.") from None
+    return processor.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+
+def lay_out(window: Sequence[Segment], choices: Sequence[int], length: int, ending: Sequence[int] | None) -> Row:
+    """`window` on a canvas of `length`, with the chosen filling in each gap and all else pinned.
+
+    ending: what follows the text where it ends on this canvas; its last token fills the rest. None: the rest is free.
+    """
+    tokens: list[int | None] = []
+    pinned: list[bool] = []
+    allowed: list[Allowed] = []
+    gaps: list[tuple[int, int]] = []
+    fixed: list[bool] = []
+    rest = iter(choices)
+    for segment in window:
+        filling = segment.fillings[next(rest)] if isinstance(segment, Gap) else Filling(tuple(segment), pinned=True)
+        if isinstance(segment, Gap):
+            gaps.append((len(tokens), len(tokens) + len(filling.tokens)))
+            fixed.append(filling.pinned)
+        tokens += filling.tokens
+        pinned += [filling.pinned] * len(filling.tokens)
+        allowed += filling.allowed or [None] * len(filling.tokens)
+    end = min(len(tokens) + (ending is not None), length)
+    if ending is not None:
+        tokens += [*ending, *[ending[-1]] * length]
+    tokens, pinned, allowed = tokens[:length], pinned[:length], allowed[:length]
+    tokens += [None] * (length - len(tokens))
+    pinned += [ending is not None] * (length - len(pinned))
+    allowed += [None] * (length - len(allowed))
+    return Row(Canvas(tokens, pinned), tuple(allowed), tuple(gaps), tuple(fixed), end)

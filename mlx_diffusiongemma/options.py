@@ -1,0 +1,149 @@
+"""A request's options, the checkpoint's own settings of them, and modes: settings that go by a name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from .config import check_object, is_whole, read_json
+from .errors import CheckpointError, PromptError
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """One request's options. None means the checkpoint's own setting, so nothing replaces its sampler silently.
+
+    max_tokens: most tokens to commit (ours; the checkpoints' own 256 is a single canvas).
+    max_steps: most denoising steps per canvas.
+    entropy_bound: nats; positions are accepted in ascending entropy while the sum of those before stays within it.
+    t_max, t_min: temperature at the first step and the limit it falls to.
+    stability: steps for which the argmax canvas must not have changed. 0: always stable.
+    confidence: nats; a canvas stops once stable with a mean entropy below this.
+    end_tokens: ids that end a reply.
+    stop: strings that end a reply; they are not part of it.
+    seed: of every random draw. None: another one each time.
+    retries: how often a first canvas that would make the reply empty is denoised again. 0: as the model has it.
+    canvas_length: tokens per canvas, at most the checkpoint's.
+    """
+
+    max_tokens: int = 1024
+    max_steps: int | None = None
+    entropy_bound: float | None = None
+    t_max: float | None = None
+    t_min: float | None = None
+    stability: int | None = None
+    confidence: float | None = None
+    end_tokens: tuple[int, ...] | None = None
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    canvas_length: int | None = None
+    retries: int = 3
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        for name in ("stop", "end_tokens"):
+            if isinstance(getattr(self, name), list | set | frozenset):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, lowest in (
+            ("max_tokens", 1),
+            ("max_steps", 1),
+            ("canvas_length", 1),
+            ("stability", 0),
+            ("retries", 0),
+        ):
+            _check_number(self, name, int, lowest)
+        check_seed(self.seed)
+        for name in ("entropy_bound", "t_max", "t_min", "confidence"):
+            _check_number(self, name, float, 0.0)
+        if self.t_max == 0:
+            raise PromptError("t_max must be above 0; give a low temperature, such as 0.01, for the likeliest tokens.")
+        if self.t_max is not None and self.t_min is not None and self.t_max < self.t_min:
+            raise PromptError(f"t_max ({self.t_max}) must not be below t_min ({self.t_min}).")
+        if not isinstance(self.stop, tuple) or any(not isinstance(text, str) or not text for text in self.stop):
+            raise PromptError("stop takes strings of at least one character.")
+        tokens = () if self.end_tokens is None else self.end_tokens
+        if not isinstance(tokens, tuple) or not all(is_whole(token, 0) for token in tokens):
+            raise PromptError(f"end_tokens takes a list of token ids, not {self.end_tokens!r}.")
+
+    @classmethod
+    def from_checkpoint(cls, directory: str | Path) -> GenerationOptions:
+        """The checkpoint's own settings, filled in with the reference's defaults where it says nothing.
+
+        End tokens are the union of config.json's and generation_config.json's: each file leaves some out.
+        Raises CheckpointError.
+        """
+        directory = Path(directory)
+        config = read_json(directory / "config.json")
+        path = directory / "generation_config.json"
+        generation = read_json(path) if path.exists() else config.get("generation_config") or {}
+        inside = [check_object(config.get(name) or {}, name) for name in ("text_config", "generation_config")]
+        declared = [config, *inside, generation]
+        end_tokens = sorted({token for source in declared for token in _token_ids(source.get("eos_token_id"))})
+        sampler = check_object(generation.get("sampler_config") or {}, "sampler_config", path.name)
+        settings = {
+            "max_steps": generation.get("max_denoising_steps"),
+            "entropy_bound": sampler.get("entropy_bound"),
+            "t_max": generation.get("t_max"),
+            "t_min": generation.get("t_min"),
+            "stability": generation.get("stability_threshold"),
+            "confidence": generation.get("confidence_threshold"),
+            "canvas_length": config.get("canvas_length"),
+        }
+        given = {name: value for name, value in settings.items() if value is not None}
+        try:
+            return cls(**{**REFERENCE_SETTINGS, **given}, end_tokens=tuple(end_tokens))
+        except PromptError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+
+    def filled_from(self, checkpoint: GenerationOptions) -> GenerationOptions:
+        """These options with every None replaced by the checkpoint's setting."""
+        unset = [f.name for f in fields(self) if getattr(self, f.name) is None]
+        return replace(self, **{name: getattr(checkpoint, name) for name in unset})
+
+
+# `_get_default_generation_params` of the reference; the canvas length is its configuration's default.
+REFERENCE_SETTINGS = {
+    "max_steps": 48,
+    "entropy_bound": 0.1,
+    "t_max": 0.8,
+    "t_min": 0.4,
+    "stability": 1,
+    "confidence": 0.005,
+    "canvas_length": 256,
+}
+
+
+def check_seed(seed: int | None) -> None:
+    """Raises PromptError where `seed` is neither None nor one that random draws can start from."""
+    if seed is not None and not (is_whole(seed, 0) and seed < 2**64):
+        raise PromptError(f"seed must be a whole number from 0 to 2**64 - 1, not {seed!r}.")
+
+
+def _token_ids(value: Any) -> list[int]:
+    """The ids in an `eos_token_id`: one, a list of them, or nothing. Raises CheckpointError."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(is_whole(token, 0) for token in ids):
+        raise CheckpointError(f"The checkpoint's eos_token_id is {value!r}, not token ids; download it again.")
+    return ids
+
+
+def _check_number(options: GenerationOptions, name: str, kind: type, lowest: float) -> None:
+    value = getattr(options, name)
+    if value is None and name not in ("max_tokens", "retries"):
+        return
+    accepted = (int, float) if kind is float else int
+    if isinstance(value, bool) or not isinstance(value, accepted) or not value >= lowest:
+        what = "a whole number" if kind is int else "a number"
+        raise PromptError(f"{name} must be {what} of at least {lowest:g}, not {value!r}.")
+
+
+# Chosen by `tests/benchmarks/modes.py`.
+# `reference` leaves everything to the checkpoint. `fast` stops a canvas as soon as it is confident, more so than the
+# reference asks, without a step to confirm it, and gives up early on one that does not settle. An option given beside
+# a mode wins: `options.filled_from(MODES["fast"])`.
+MODES: dict[str, GenerationOptions] = {
+    "reference": GenerationOptions(),
+    "fast": GenerationOptions(max_steps=24, stability=0, confidence=0.002),
+}

@@ -1,0 +1,160 @@
+"""Chat messages in the one form that every published chat template reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import PromptError
+from ..events import ToolCall
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# Where a part may carry its picture or its video: in the spellings of Transformers and OpenAI.
+IMAGE_KEYS = ("image", "url", "path", "image_url")
+VIDEO_KEYS = ("video", "url", "path", "video_url")
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class VideoPart:
+    """What a video part says: its source, and how to sample it; None is `sample_video`'s own choice."""
+
+    source: Any
+    frames: Any
+    fps: Any
+
+
+def normalize_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any]]:
+    """New messages, checked, and in order what every image or video part holds: an image's source, None where `images`
+    has to fill it, or a `VideoPart`.
+
+    `model` becomes `assistant`; tool calls become `{"id", "type": "function", "function": {"name", "arguments"}}` with
+    a mapping for arguments; a tool's answer gets the id of its call; image and video parts become `{"type": "image"}`:
+    every template has one place holder for that, and not all know videos. Raises PromptError.
+    """
+    sources: list[Any] = []
+    normal: list[dict[str, Any]] = []
+    unanswered: list[dict[str, Any]] = []
+    for number, message in enumerate(messages, 1):
+        where = f"Message {number}"
+        if not isinstance(message, Mapping):
+            raise PromptError(f'{where} is a {type(message).__name__}; write {{"role": "user", "content": "…"}}.')
+        role = "assistant" if message.get("role") == "model" else message.get("role")
+        if role not in ROLES:
+            raise PromptError(f"{where} has the role {message.get('role')!r}; a role is one of {', '.join(ROLES)}.")
+        for key in ("reasoning", "reasoning_content", "thinking"):
+            if not isinstance(message.get(key) or "", str):
+                raise PromptError(f"{where}: `{key}` must be text, not a {type(message[key]).__name__}.")
+        new = {**message, "role": role, "content": _content(message, role, where, sources)}
+        if role == "tool":
+            new["tool_call_id"] = _answered(message, unanswered, where)["id"]
+        else:
+            unanswered = _tool_calls(message.get("tool_calls") or [], role, where)
+            new["tool_calls"] = unanswered[:] or None
+        normal.append(new)
+    if not normal:
+        raise PromptError("There are no messages; give at least one.")
+    return normal, sources
+
+
+def _answered(message: Message, unanswered: list[dict[str, Any]], where: str) -> dict[str, Any]:
+    """The call that a tool's message answers, taken off the list: the one with its id or name, else the next."""
+    if not unanswered:
+        raise PromptError(f"{where} answers no tool call; put it after the assistant's message with `tool_calls`.")
+    by_id = [call for call in unanswered if call["id"] == message.get("tool_call_id")]
+    by_name = [call for call in unanswered if call["function"]["name"] == message.get("name")]
+    call = (by_id or by_name or unanswered)[0]
+    unanswered.remove(call)
+    return call
+
+
+def _content(message: Message, role: str, where: str, sources: list[Any]) -> Any:
+    """A message's content: text, or parts whose images and videos are added to `sources`."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if content is None and role == "assistant":
+        return ""
+    if role == "tool" and "content" in message:
+        if content is None or isinstance(content, bool | int | float):
+            return content
+        if isinstance(content, Mapping):
+            return _json(content, where)
+    if not isinstance(content, list | tuple):
+        raise PromptError(
+            f"{where}: `content` must be text or a list of parts, not a {type(content).__name__}."
+            if "content" in message
+            else f"{where} has no `content`."
+        )
+    return [_part(part, role, where, sources) for part in content]
+
+
+def _json(content: Mapping[str, Any], where: str) -> str:
+    """A tool's answer in fields, as JSON: the hub's templates take a mapping for a list of parts."""
+    try:
+        return json.dumps(content, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PromptError(f"{where}: the tool's answer cannot be written as JSON ({error}).") from None
+
+
+def _part(part: Any, role: str, where: str, sources: list[Any]) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    if kind not in ("image", "image_url", "video", "video_url"):
+        raise PromptError(
+            f'{where} has a part that is none of {{"type": "text", "text": "…"}}, {{"type": "image"}} and '
+            '{"type": "video", "video": …}; this model reads text and images, and videos frame by frame.'
+        )
+    if role not in ("user", "tool"):
+        raise PromptError(f"{where}: only user and tool messages can hold images and videos.")
+    if kind.startswith("image"):
+        sources.append(_source(part, IMAGE_KEYS))
+        return {"type": "image"}
+    source = _source(part, VIDEO_KEYS)
+    if source is None:
+        raise PromptError(f'{where} has a video part without its video; write {{"type": "video", "video": "PATH"}}.')
+    sources.append(VideoPart(source, part.get("frames"), part.get("fps")))
+    return {"type": "image"}
+
+
+def _source(part: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    source = next((part[key] for key in keys if part.get(key) is not None), None)
+    if isinstance(source, Mapping):  # OpenAI's {"image_url": {"url": "…"}}
+        source = source.get("url")
+    if source is None and part.get("base64"):
+        source = f"data:;base64,{part['base64']}"
+    return source
+
+
+def _tool_calls(calls: Any, role: str, where: str) -> list[dict[str, Any]]:
+    if calls and role != "assistant":
+        raise PromptError(f"{where}: only the assistant can make tool calls.")
+    if not isinstance(calls, list | tuple):
+        raise PromptError(f"{where}: `tool_calls` must be a list, not a {type(calls).__name__}.")
+    return [_tool_call(call, f"call_{number}", where) for number, call in enumerate(calls, 1)]
+
+
+def _tool_call(call: Any, identity: str, where: str) -> dict[str, Any]:
+    if isinstance(call, ToolCall):
+        call = {"name": call.name, "arguments": call.arguments}
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise PromptError(f'{where}: a tool call is {{"function": {{"name": …, "arguments": {{…}}}}}}.')
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):  # not JSON, or a number of thousands of digits
+            raise PromptError(f"{where}: the arguments of {function['name']!r} are not valid JSON.") from None
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, Mapping) or not all(isinstance(key, str) for key in arguments):
+        raise PromptError(
+            f"{where}: the arguments of {function['name']!r} must be an object that maps names to values."
+        )
+    identity = call.get("id") or identity
+    return {"id": identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}}

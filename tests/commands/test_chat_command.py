@@ -1,0 +1,254 @@
+"""`mlx-dg chat`: piped, at a terminal, and with tools."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mlx_diffusiongemma import ChatSession, GenerationOptions, PromptError, load
+from mlx_diffusiongemma.commands.chatting import chat as chat_command
+from mlx_diffusiongemma.commands.chatting.tools import load_functions, run_call, written
+from mlx_diffusiongemma.events import Done, Stats
+
+COMMAND = [str(Path(sys.executable).with_name("mlx-dg")), "chat"]
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PROMPT_TOOLKIT_NO_CPR": "1"}
+TOOLS = '''
+from math import sqrt
+
+def get_weather(city: str) -> str:
+    """Get weather
+
+    Args:
+        city: City
+    """
+    if city == "atlantis":
+        raise LookupError("no such city")
+    return "sunny"
+
+def _private():
+    """Not a tool."""
+'''
+
+
+def piped(lines: list[str], checkpoint: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*COMMAND, "--model", str(checkpoint), "--seed", "0", "--steps", "6", *arguments],
+        input="\n".join(lines) + "\n",
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=120,
+    )
+
+
+def test_piped_a_line_is_a_turn(demo_float32, tmp_path):
+    kept = tmp_path / "a chat"
+    done = piped(["sort 53142", "", f"/save '{kept}'", "reverse canvas", "/undo", "//undo", "/quit", "x"], demo_float32)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("12345\n") and done.stdout.count("\n") == 3
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "Saved." in done.stderr and "The last turn is forgotten." in done.stderr
+    assert "cached)" in done.stderr and kept.exists()
+    done = piped([f"/load {kept}", "/undo"], demo_float32)
+    assert (done.returncode, done.stdout) == (0, "") and "1 turn loaded." in done.stderr
+
+
+def test_piped_errors_are_one_sentence_and_the_chat_goes_on(demo_float32, tmp_path):
+    (tmp_path / "damaged").write_bytes(b"nothing")
+    lines = ["/nope", "/image /nowhere.png", "/image", f"/load {tmp_path}/damaged", "/undo", "/help"]
+    lines += [f"/save {tmp_path}/damaged/x", "/save a\0b", f"/load {'x' * 300}", "/image data:,x", "sort 53142"]
+    done = piped(lines, demo_float32)
+    assert (done.returncode, done.stdout) == (1, "12345\n")
+    wrong = [line for line in done.stderr.splitlines() if line.startswith("mlx-dg: ")]
+    assert len(wrong) == 9 and "Traceback" not in done.stderr
+    assert "/image PATH" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [("def f(a): pass", "cannot be described"), ("import sys; sys.exit(3)", "cannot be run"), ("x = 1", "no public")],
+)
+def test_tools_that_cannot_be_are_refused_at_the_start(demo_float32, tmp_path, code, words):
+    (tmp_path / "tools.py").write_text(code)
+    done = piped(["sort 53142"], demo_float32, "--tools", str(tmp_path / "tools.py"))
+    assert (done.returncode, done.stdout) == (1, "") and words in done.stderr and "Traceback" not in done.stderr
+
+
+class Terminal:
+    """A program in a pseudo-terminal."""
+
+    def __init__(self, *command: str):
+        self.process, self.master = pty.fork()
+        if self.process == 0:
+            os.execvpe(command[0], list(command), {**ENVIRONMENT, "TERM": "xterm-256color"})
+        termios.tcsetwinsize(self.master, (24, 80))
+        self.seen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def wait_for(self, text: str, seconds: float = 60) -> str:
+        """Read until `text` comes; what came before it."""
+        deadline = time.monotonic() + seconds
+        while text not in self.seen:
+            assert time.monotonic() < deadline, f"no {text!r} in {self.seen!r}"
+            if select.select([self.master], [], [], 0.1)[0]:
+                self.seen += os.read(self.master, 65536).decode(errors="replace")
+        before, _, self.seen = self.seen.partition(text)
+        return before
+
+    def close(self) -> int:
+        status = os.waitpid(self.process, 0)[1]
+        os.close(self.master)
+        return os.waitstatus_to_exitcode(status)
+
+
+WITHOUT_TOOLKIT = "import sys; sys.modules['prompt_toolkit'] = None; from mlx_diffusiongemma.cli import main; main()"
+
+
+@pytest.mark.parametrize("toolkit", [True, False])
+def test_a_terminal_has_history_and_ctrl_c_stops_a_reply(demo_float32, toolkit):
+    program = COMMAND if toolkit else [sys.executable, "-c", WITHOUT_TOOLKIT, "chat"]
+    ready = "\x1b[?2004h" if toolkit else "> "  # the toolkit draws its prompt piece by piece
+    terminal = Terminal(*program, "--model", str(demo_float32), "--seed", "0", "--steps", "6")
+    terminal.wait_for("Ctrl-D leaves")
+    terminal.wait_for(ready)
+    terminal.type("sort 53142\r")
+    terminal.wait_for("12345")
+    terminal.wait_for(ready)
+    terminal.type("solve " + "1234567890 " * 200 + "\r")
+    terminal.wait_for("prompt 26/")
+    terminal.type("\x03")
+    terminal.wait_for("this turn is forgotten")
+    terminal.wait_for(ready)
+    terminal.type("\x1b[A\x1b[A\r")  # two up
+    terminal.wait_for("5 tokens")
+    terminal.wait_for(ready)
+    terminal.type("\x04")
+    assert terminal.close() == 0
+
+
+@pytest.fixture(scope="module")
+def demo(demo_float32):
+    return load(demo_float32)
+
+
+@pytest.fixture
+def functions(tmp_path):
+    path = tmp_path / "tools.py"
+    path.write_text(TOOLS)
+    return load_functions(path)
+
+
+def talk(demo, functions, monkeypatch, answer, terminal=True):
+    """A chat at a terminal whose user answers every question with `answer`."""
+
+    def read(question: str) -> str:
+        asked.append(question)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    asked: list[str] = []
+    monkeypatch.setattr(chat_command, "at_terminal", lambda: terminal)
+    monkeypatch.setattr(chat_command, "answer_reader", lambda: read)
+    options = GenerationOptions(seed=0, max_tokens=64, max_steps=8)
+    session = ChatSession(*demo, tools=list(functions.values()), options=options)
+    lines = iter(["how is lima today?"])
+
+    def next_line(_: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    chat_command._Chat(session, functions, live=False).run(next_line)
+    return session, asked
+
+
+def test_a_tool_runs_when_the_user_says_yes(demo, functions, monkeypatch, capsys):
+    session, asked = talk(demo, functions, monkeypatch, " Y ")
+    assert asked == ['Run get_weather(city="lima")? [y/N] ']
+    assert [message["role"] for message in session.messages] == ["user", "assistant", "tool", "assistant"]
+    assert session.messages[2]["content"] == "sunny"
+    assert capsys.readouterr().out == "\nlima: sunny\n"
+
+
+@pytest.mark.parametrize("answer", ["", EOFError()])
+def test_a_tool_does_not_run_otherwise(demo, functions, monkeypatch, answer):
+    session, _ = talk(demo, {"get_weather": functions["get_weather"]}, monkeypatch, answer)
+    assert session.messages[2]["content"] == {"error": "the user did not allow this call"}
+
+
+def test_ctrl_c_at_the_question_forgets_the_turn(demo, functions, monkeypatch):
+    session, _ = talk(demo, functions, monkeypatch, KeyboardInterrupt())
+    assert session.messages == []
+
+
+def test_piped_no_tool_runs(demo, functions, monkeypatch, capsys):
+    session, asked = talk(demo, functions, monkeypatch, "y", terminal=False)
+    assert asked == [] and "not allow" in session.messages[2]["content"]["error"]
+    assert 'get_weather(city="lima") was not run' in capsys.readouterr().err
+
+
+class Calling:
+    """A session whose every reply calls a tool, with an argument that would clear the screen."""
+
+    model = processor = SimpleNamespace(options=GenerationOptions(), draft_text=str)
+    options = GenerationOptions()
+
+    def __init__(self):
+        self.messages: list[str] = []
+
+    @property
+    def tool_calls(self) -> list[dict]:
+        function = {"name": "elsewhere", "arguments": {"a": "\x1b[2J"}}
+        return [{"id": "call_1", "function": function}] if self.messages else []
+
+    def send(self, *_, cancel):
+        self.messages.append("a turn")
+        return iter([Done("tool", Stats())])
+
+    send_tool_results = send
+
+    def undo(self):
+        self.messages = []
+
+
+def test_calls_without_end_are_ended_and_cannot_draw(capsys):
+    session, lines = Calling(), iter(["hello", "/quit"])
+    chat = chat_command._Chat(session, {}, live=False)
+    chat.run(lambda _: next(lines))
+    written = capsys.readouterr().err
+    assert session.messages == [] and chat.failed
+    assert written.count("which is not among the tools") == chat_command.MOST_CALLS
+    assert "8 times in a row" in written and "\x1b" not in written
+
+
+def test_what_a_file_defines_becomes_tools(functions, tmp_path):
+    assert list(functions) == ["get_weather"]
+    call = {"id": "call_1", "function": {"name": "get_weather", "arguments": {"city": "atlantis"}}}
+    assert run_call(functions, call) == {"error": "LookupError: no such city"}
+    call["function"]["arguments"] = {"town": "lima"}
+    assert "TypeError" in run_call(functions, call)["error"]
+    assert written(call) == 'get_weather(town="lima")'
+    for name, content, message in (
+        ("missing.py", None, "not a Python file"),
+        ("tools.txt", TOOLS, "not a Python file"),
+        ("broken.py", "def f(:\n", "cannot be run"),
+        ("raises.py", "1 / 0\n", "ZeroDivisionError"),
+        ("empty.py", "x = 1\n", "defines no public function"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_text(content)
+        with pytest.raises(PromptError, match=message):
+            load_functions(tmp_path / name)
