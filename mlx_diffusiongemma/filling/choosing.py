@@ -15,7 +15,7 @@ from .gaps import text_tokens
 from .scoring import Probe, empty_thought, log_probabilities, mean_probability, noise_canvases
 
 if TYPE_CHECKING:
-    from ..generation.replying import PromptLike
+    from ..generation.request import PromptLike
     from ..model.diffusion_gemma import DiffusionGemma
     from ..processing.processor import Processor
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import PromptError
 from ..events import Result
-from ..generation.replying import request_options
+from ..generation.request import request_options
 from ..options import GenerationOptions
 from .gaps import Filling, Gap, Segment, lengths_up_to, most_tokens, text_tokens
 from .infilling import Instruction, reply_ending

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PromptError
 from ..events import Result
-from ..generation.replying import request_options
+from ..generation.request import request_options
 from ..options import GenerationOptions
 from .gaps import Filling, Gap, Segment, lengths_up_to, longest_gap, text_tokens
 from .search import Attempt, GapFiller

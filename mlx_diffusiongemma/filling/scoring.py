@@ -78,7 +78,8 @@ def _log_softmax_at(logits: mx.array, tokens: mx.array) -> mx.array:
 
 def noise_canvases(seed: int, count: int, length: int, vocabulary: int) -> list[list[int]]:
     """Canvases of uniform random ids: the starting canvases that a batch with this seed would have."""
-    return sampling.noise(sampling.draw_keys(seed, count, 0, 0, 0, sampling.NOISE), length, vocabulary).tolist()
+    draws = [sampling.Draws(seed, row) for row in range(count)]
+    return sampling.noise(sampling.draw_keys(draws, [0] * count, sampling.NOISE), length, vocabulary).tolist()
 
 
 def empty_thought(

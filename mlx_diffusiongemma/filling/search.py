@@ -16,7 +16,8 @@ import mlx.core as mx
 from ..checkpoints.accounting import rows_after
 from ..errors import PromptError
 from ..events import FinishReason, Stats
-from ..generation.denoising import CanvasRun
+from ..generation.denoising import Denoising, Job
+from ..generation.sampling import Draws
 from ..model.budgets import TOGETHER
 from .denoisers import InParts, Restricted
 from .gaps import Gap, Row, Segment, lay_out, longest_gap, most_tokens
@@ -214,28 +215,28 @@ class GapFiller:
         if all(all(row.canvas.pinned) for row in rows):
             return rows
         denoiser = InParts(self.model, rows_after(self.cache, len(rows)))
-        if any(ids is not None for row in rows for ids in row.allowed):
-            denoiser = Restricted(self.model, denoiser, [row.allowed for row in rows])
-        run = CanvasRun(
-            denoiser,
-            self.cache,
-            self.options,
-            [row.canvas for row in rows],
-            self.vocabulary,
-            seed=self.options.seed,
-            number=len(self.steps) - 1,
-            attempt=len(self.attempts),
-        )
-        last = self.options.max_steps
+        canvas, attempt = len(self.steps) - 1, len(self.attempts)
+        jobs = [
+            Job(row.canvas, self.cache, Draws(self.options.seed, number, canvas, attempt))
+            for number, row in enumerate(rows)
+        ]
+        restricted = any(ids is not None for row in rows for ids in row.allowed)
+        allowed = {job: row.allowed for job, row in zip(jobs, rows, strict=True)}
+        reader = Restricted(self.model, denoiser, allowed) if restricted else None
+        run = Denoising(denoiser, self.options, self.vocabulary, reader)
+        for job in jobs:
+            run.add(job)
+        last, tokens = self.options.max_steps, {}
         with closing(run.steps()) as steps:
-            for step in steps:
+            for number, shown in enumerate(steps, start=1):
                 self.steps[-1] += 1
                 self._check_cancelled()
-                if any(step.finished):
-                    last = min(last, 2 * step.number)
-                if step.number >= last:
+                tokens |= {step.job: step.tokens for step in shown}
+                if any(step.finished for step in shown):
+                    last = min(last, 2 * number)
+                if number >= last:
                     break
-        return [row.filled(tokens) for row, tokens in zip(rows, step.tokens, strict=True)]
+        return [row.filled(tokens[job]) for row, job in zip(rows, jobs, strict=True)]
 
     def _surprises(self, rows: list[Row]) -> list[float]:
         """Of each filled row: minus the log probability of every token from the first gap up to where the text ends on

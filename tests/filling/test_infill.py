@@ -15,8 +15,8 @@ from mlx_diffusiongemma.cli import app
 from mlx_diffusiongemma.config import FULL, SLIDING
 from mlx_diffusiongemma.filling.gaps import Filling, Gap, lay_out, lengths_up_to
 from mlx_diffusiongemma.filling.search import GapFiller
-from mlx_diffusiongemma.generation.denoising import CanvasRun
-from mlx_diffusiongemma.generation.replying import request_options
+from mlx_diffusiongemma.generation.denoising import Denoising
+from mlx_diffusiongemma.generation.request import request_options
 from mlx_diffusiongemma.model import diffusion_gemma
 
 QUESTIONS = Path(__file__).parents[1] / "data" / "tiny" / "prompts.jsonl"
@@ -119,16 +119,16 @@ def test_how_many_rows_are_computed_at_once_changes_nothing(demo, at_once, monke
 
     def run():
         shown = []
-        original = CanvasRun.steps
+        original = Denoising.step
 
-        def steps(self):
-            for step in original(self):
-                shown.append(step.tokens)
-                yield step
+        def step(self):
+            found = original(self)
+            shown.append([own.tokens for own in found])
+            return found
 
-        monkeypatch.setattr(CanvasRun, "steps", steps)
+        monkeypatch.setattr(Denoising, "step", step)
         result = infill(*demo, parts, None, GenerationOptions(seed=0, max_steps=3))
-        monkeypatch.setattr(CanvasRun, "steps", original)
+        monkeypatch.setattr(Denoising, "step", original)
         return result, shown
 
     whole, all_rows = run()

@@ -19,7 +19,8 @@ from mlx_diffusiongemma.events import Done, Draft, Event, Prefill
 from mlx_diffusiongemma.generation.prefix import encode_prompt
 from mlx_diffusiongemma.generation.replying import collect
 from mlx_diffusiongemma.model import diffusion_gemma
-from mlx_diffusiongemma.model.cache import Cache, LayerCache
+from mlx_diffusiongemma.model.cache import Cache
+from mlx_diffusiongemma.model.layer_cache import LayerCache
 from mlx_diffusiongemma.processing.images import prepare_image
 from mlx_diffusiongemma.processing.processor import Prompt
 
