@@ -16,7 +16,7 @@ from mlx_diffusiongemma.config import FULL, SLIDING
 from mlx_diffusiongemma.filling.gaps import Filling, Gap, lay_out, lengths_up_to
 from mlx_diffusiongemma.filling.search import GapFiller
 from mlx_diffusiongemma.generation.denoising import Denoising
-from mlx_diffusiongemma.generation.request import request_options
+from mlx_diffusiongemma.generation.request import make_request
 from mlx_diffusiongemma.model import diffusion_gemma
 
 QUESTIONS = Path(__file__).parents[1] / "data" / "tiny" / "prompts.jsonl"
@@ -196,16 +196,9 @@ def test_cancelling_keeps_what_is_filled(demo):
 
 def test_cancelling_frees_the_canvas(demo):
     model, processor = demo
-    filler = GapFiller(
-        model,
-        processor,
-        processor.prompt("sort 312"),
-        [Gap((Filling((None,) * 4), Filling((None,) * 5)))],
-        None,
-        request_options(model, FEW),
-        replies=False,
-        cancel=AfterSteps(2),
-    )
+    request = make_request(model, processor, "sort 312", options=FEW, cancel=AfterSteps(4))
+    gap = Gap((Filling((None,) * 4), Filling((None,) * 5)))
+    filler = GapFiller(model, processor, request, [gap], None, [processor.draft_text], replies=False)
     filler.run()
     assert filler.finish_reason == "cancelled" and filler.steps == [2]
     assert all(layer._canvas is None and layer._spread is None for layer in filler.cache.layers)
