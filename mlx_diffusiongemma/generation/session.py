@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PromptError
+from ..errors import BusyError, PromptError
 from ..events import Commit, Done, Event, Part, Reply, Result
 from ..processing.replies import reply_from_parts
 from .prefix import rewind_to_common
@@ -175,7 +175,7 @@ class ChatSession:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         if not self._lock.acquire(blocking=False):
-            raise PromptError("This session is busy with a reply; let it end, cancel it or close its events first.")
+            raise BusyError("This session is busy with a reply; let it end, cancel it or close its events first.")
         try:
             yield
         finally:

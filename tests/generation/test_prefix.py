@@ -14,7 +14,7 @@ from golden.cases import Case
 from PIL import Image
 from scripted import ByteProcessor
 
-from mlx_diffusiongemma import GenerationOptions, PromptError, generate, load, stream
+from mlx_diffusiongemma import BusyError, GenerationOptions, PromptError, generate, load, stream
 from mlx_diffusiongemma.events import Done, Draft, Event, Prefill
 from mlx_diffusiongemma.generation.prefix import encode_prompt
 from mlx_diffusiongemma.generation.replying import collect
@@ -193,7 +193,7 @@ def test_a_cache_in_use_is_refused_until_the_request_is_over(demo, way, monkeypa
     events = stream(model, processor, "sort 312", cache=cache, seed=0, max_tokens=8, cancel=cancel)
     next(events)
     for refused in (lambda: next(early), lambda: stream(model, processor, "sort 21", cache=cache)):
-        with pytest.raises(PromptError, match="in use by another request"):
+        with pytest.raises(BusyError, match="in use by another request"):
             refused()
     assert generate(model, processor, "sort 21", cache=cache.fork(), max_tokens=8).tokens
     match way:

@@ -11,7 +11,16 @@ import mlx.core as mx
 import pytest
 from PIL import Image
 
-from mlx_diffusiongemma import ChatSession, CheckpointError, GenerationOptions, PromptError, collect, generate, load
+from mlx_diffusiongemma import (
+    BusyError,
+    ChatSession,
+    CheckpointError,
+    GenerationOptions,
+    PromptError,
+    collect,
+    generate,
+    load,
+)
 from mlx_diffusiongemma.checkpoints.safetensors import write_header
 from mlx_diffusiongemma.events import Done, Draft
 from mlx_diffusiongemma.generation.session_file import read_session
@@ -180,9 +189,9 @@ def test_a_turn_that_does_not_end_leaves_the_session_as_it_was(chat, way, monkey
         monkeypatch.undo()
     else:
         next(event for event in events if isinstance(event, Draft))
-        with pytest.raises(PromptError, match="busy"):
+        with pytest.raises(BusyError, match="busy"):
             chat.send("sort 97")
-        with pytest.raises(PromptError, match="busy"):
+        with pytest.raises(BusyError, match="busy"):
             chat.undo()
         if way == "cancel":
             cancel.set()
