@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from ..errors import CanvasError, PromptError
-from ..events import Commit, Done, Draft, Event, FinishReason, Part, Prefill, Result, Stats, join_text
+from ..events import Commit, Done, Draft, Event, FinishReason, Part, Prefill, Result, Stats, ToolCall, join_text
 from ..options import GenerationOptions
-from ..processing.replies import merge, reply_from_parts
+from ..processing.replies import calls_in, merge, reply_from_parts
 from .canvas import Canvas
 from .denoising import CanvasRun, Step
 from .prefix import encode_prompt
@@ -97,16 +97,18 @@ def collect(events: Iterable[Event]) -> Result:
     """The whole reply that `events`, from `stream` or a session, report."""
     tokens: list[int] = []
     parts: list[Part] = []
+    calls: list[ToolCall] = []
     done = Done("cancelled", Stats())
     for event in events:
         match event:
             case Commit():
                 tokens += event.tokens
                 parts += event.parts
+                calls += event.tool_calls
             case Done():
                 done = event
     reply = reply_from_parts(parts)
-    return Result(reply.text, reply.thinking, reply.tool_calls, tokens, done.finish_reason, done.stats, done.note)
+    return Result(reply.text, reply.thinking, calls, tokens, done.finish_reason, done.stats, done.note)
 
 
 def generate_batch(
@@ -327,6 +329,7 @@ class _Row:
     canvas: list[int] = field(default_factory=list)  # the argmax canvas of the last step
     tokens: list[int] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
     steps: int = 0
     wasted_steps: int = 0  # of this canvas's earlier attempts
     finish_reason: FinishReason | None = None
@@ -399,7 +402,9 @@ class _Row:
             self.finish_reason = "tool"
         steps, self.wasted_steps = self.wasted_steps + self.steps, 0
         self.stats = replace(self.stats, generated_tokens=len(self.tokens), steps=[*self.stats.steps, steps])
-        return Commit(number, tokens, parts, steps)
+        calls = calls_in(parts, self.prompt.first_call + len(self.calls))
+        self.calls += calls
+        return Commit(number, tokens, parts, steps, calls)
 
 
 def _cut_at_end(tokens: list[int], end_tokens: tuple[int, ...]) -> tuple[list[int], bool]:
