@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .checkpoints.loading import load
     from .config import ModelConfig, Quantization
     from .errors import (
+        BusyError,
         CanvasError,
         CheckpointError,
         DiffusionGemmaError,
@@ -38,6 +39,7 @@ _HOMES = {
     "config": ("ModelConfig", "Quantization"),
     "options": ("MODES", "GenerationOptions"),
     "errors": (
+        "BusyError",
         "CanvasError",
         "CheckpointError",
         "DiffusionGemmaError",

@@ -13,6 +13,10 @@ class PromptError(DiffusionGemmaError):
     """A prompt, its messages or an option of the request cannot be used."""
 
 
+class BusyError(DiffusionGemmaError):
+    """A cache or a conversation is in use by another request; the same call works once that one is over."""
+
+
 class CanvasError(DiffusionGemmaError):
     """A starting canvas does not fit the model or the request."""
 

@@ -17,10 +17,15 @@ def join_text(parts: list[Part]) -> str:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A function the model wants called."""
+    """A function that the model wants called, with its arguments by name.
+
+    `id` is unique in the conversation, `call_1`, `call_2` and so on; the tool's answer names it. Two calls are equal
+    that call the same with the same arguments.
+    """
 
     name: str
     arguments: dict[str, Any]
+    id: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,16 @@ class Draft:
 
 @dataclass(frozen=True)
 class Commit:
-    """A finished canvas: its tokens before the first end token, and the text that became certain with it."""
+    """A finished canvas: its tokens before the first end token, and the text that became certain with it.
+
+    `tool_calls` are the calls among `parts` that can be read; one that cannot is there as it was written.
+    """
 
     canvas: int
     tokens: list[int]
     parts: list[Part]
     steps: int
+    tool_calls: list[ToolCall] = field(default_factory=list)
 
     @property
     def text(self) -> str:

@@ -136,6 +136,7 @@ class ScriptedModel:
 class BytePrompt:
     tokens: list[int]
     images: tuple = ()
+    first_call: int = 1
 
 
 class ByteProcessor:

@@ -65,7 +65,7 @@ class PeakMemory:
     """
 
     _measuring: ClassVar[WeakSet[PeakMemory]] = WeakSet()
-    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _lock: ClassVar[threading.RLock] = threading.RLock()  # a request that is collected meanwhile stops its own
 
     def __init__(self) -> None:
         self._bytes = 0
@@ -83,5 +83,5 @@ class PeakMemory:
 
     @classmethod
     def _take_in(cls) -> None:
-        for own in cls._measuring:
+        for own in list(cls._measuring):
             own._bytes = max(own._bytes, mx.get_peak_memory())

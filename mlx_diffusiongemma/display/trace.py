@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import PromptError
-from ..events import Commit, Done, Draft, Event, Part, Prefill, Stats
+from ..events import Commit, Done, Draft, Event, Part, Prefill, Stats, ToolCall
 from .terminal import show
 
 LONGEST_PAUSE = 1.0  # seconds that a replay waits for an event
@@ -117,6 +117,7 @@ def _fields(event: Event) -> dict[str, Any]:
             content["entropy"] = [round(entropy, 4) for entropy in event.entropy]
         case Commit():
             content["text"] = event.text
+            content["tool_calls"] = [vars(call) for call in event.tool_calls]
         case Done(_, stats):
             rates = ("prompt_tokens_per_second", "tokens_per_second", "steps_per_canvas", "tokens_per_step")
             values = (stats.prompt_tokens_per_second, stats.tokens_per_second)
@@ -134,7 +135,11 @@ def _event(content: dict[str, Any]) -> Event:
             return _draft(content)
         case "commit":
             tokens = [int(token) for token in content["tokens"]]
-            return Commit(int(content["canvas"]), tokens, _parts(content["parts"]), int(content["steps"]))
+            calls = [
+                ToolCall(str(call["name"]), dict(call["arguments"]), str(call["id"]))
+                for call in content.get("tool_calls", ())
+            ]
+            return Commit(int(content["canvas"]), tokens, _parts(content["parts"]), int(content["steps"]), calls)
         case "done":
             stats = {field.name: content["stats"][field.name] for field in fields(Stats)}
             return Done(content["finish_reason"], Stats(**stats), content.get("note", ""), content.get("seed"))

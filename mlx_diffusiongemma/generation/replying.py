@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..events import Commit, Done, Event, Part, Result, Stats
+from ..events import Commit, Done, Event, Part, Result, Stats, ToolCall
 from ..processing.replies import reply_from_parts
 from .denoising import Denoising, Job
 from .request import Request, make_request
@@ -101,19 +101,21 @@ def collect(events: Iterable[Event]) -> Result:
     """The whole reply that `events`, from `stream` or a session, report."""
     tokens: list[int] = []
     parts: list[Part] = []
+    calls: list[ToolCall] = []
     done = Done("cancelled", Stats())
     for event in events:
         match event:
             case Commit():
                 tokens += event.tokens
                 parts += event.parts
+                calls += event.tool_calls
             case Done():
                 done = event
     reply = reply_from_parts(parts)
     return Result(
         text=reply.text,
         thinking=reply.thinking,
-        tool_calls=reply.tool_calls,
+        tool_calls=calls,
         tokens=tokens,
         finish_reason=done.finish_reason,
         stats=done.stats,

@@ -9,9 +9,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PromptError
-from ..events import Commit, Done, Event, Part, Reply, Result
-from ..processing.replies import reply_from_parts
+from ..errors import BusyError, PromptError
+from ..events import Commit, Done, Event, Result, ToolCall
 from .prefix import rewind_to_common
 from .replying import collect, stream
 from .session_file import read_session, write_session
@@ -58,9 +57,10 @@ class ChatSession:
         return system + [dict(message) for message in self._turns]
 
     @property
-    def tool_calls(self) -> list[dict[str, Any]]:
-        """The calls of the last reply, which `send_tool_results` answers: `{"id", "type", "function"}` each."""
-        return list(self._turns[-1].get("tool_calls", ())) if self._turns else []
+    def tool_calls(self) -> list[ToolCall]:
+        """The calls of the last reply, which `send_tool_results` answers in this order."""
+        calls = self._turns[-1].get("tool_calls") or () if self._turns else ()
+        return [ToolCall(call["function"]["name"], call["function"]["arguments"], call["id"]) for call in calls]
 
     def send(
         self,
@@ -102,7 +102,7 @@ class ChatSession:
         if not calls or len(results) != len(calls):
             raise PromptError(f"The last reply called {len(calls)} tools; {len(results)} results were given.")
         answers = [
-            {"role": "tool", "tool_call_id": call["id"], "content": _tool_content(result)}
+            {"role": "tool", "tool_call_id": call.id, "content": _tool_content(result)}
             for call, result in zip(calls, results, strict=True)
         ]
         return self._turn(answers, cancel)
@@ -160,36 +160,36 @@ class ChatSession:
         return self._run(events, before, (*before, *new))
 
     def _run(self, events: Iterator[Event], before: tuple[Message, ...], asked: tuple[Message, ...]) -> Iterator[Event]:
-        parts: list[Part] = []
+        commits: list[Commit] = []
         with self._alone(), closing(events):
             if self._turns is not before:
                 raise PromptError("The conversation has changed since this was sent; send it again.")
             for event in events:
                 match event:
                     case Commit():
-                        parts += event.parts
+                        commits.append(event)
                     case Done() if event.finish_reason != "cancelled":
-                        self._turns = (*asked, _assistant_message(reply_from_parts(parts)))
+                        self._turns = (*asked, _assistant_message(collect(commits)))
                 yield event
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
         if not self._lock.acquire(blocking=False):
-            raise PromptError("This session is busy with a reply; let it end, cancel it or close its events first.")
+            raise BusyError("This session is busy with a reply; let it end, cancel it or close its events first.")
         try:
             yield
         finally:
             self._lock.release()
 
 
-def _assistant_message(reply: Reply) -> dict[str, Any]:
+def _assistant_message(reply: Result) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": reply.text}
     if reply.thinking:
         message["reasoning"] = reply.thinking
     if reply.tool_calls:
         message["tool_calls"] = [
-            {"id": f"call_{number}", "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for number, call in enumerate(reply.tool_calls, start=1)
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in reply.tool_calls
         ]
     return message
 

@@ -84,7 +84,7 @@ def read_session(path: str | Path, model: DiffusionGemma) -> tuple[dict[str, Any
     cache = model.make_cache()
     try:
         conversation, labels = json.loads(text, object_hook=lambda value: _picture_from_json(value, arrays))
-        normalize_messages([{"role": "user", "content": ""}, *conversation["messages"]])
+        conversation["messages"] = _with_unique_ids(conversation["messages"])
         if not isinstance(conversation["system"], str | None) or not isinstance(conversation["thinking"], bool):
             raise ValueError("its instructions are no text, or its thinking is neither on nor off")
         cache.adopt(arrays, labels)
@@ -92,6 +92,15 @@ def read_session(path: str | Path, model: DiffusionGemma) -> tuple[dict[str, Any
         raise CheckpointError(f"{path} does not hold a session of this model ({error}); save it again.") from None
     cache.snapshot()
     return conversation, cache
+
+
+def _with_unique_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Check `messages` and give every tool call an id of its own, which files of earlier versions do not. Raises
+    PromptError.
+    """
+    _, *normal = normalize_messages([{"role": "user", "content": ""}, *messages])[0]
+    keys = ("tool_calls", "tool_call_id")
+    return [own | {key: new[key] for key in keys if new.get(key)} for own, new in zip(messages, normal, strict=True)]
 
 
 def _checked(path: str | Path) -> Path:

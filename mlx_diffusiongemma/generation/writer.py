@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from ..checkpoints.memory import PeakMemory
 from ..events import Commit, Done, Draft, FinishReason, Part, Prefill, Stats, join_text
-from ..processing.replies import merge, reply_from_parts
+from ..processing.replies import calls_in, merge, reply_from_parts
 from .denoising import Job, Step
 from .prefix import encode_prompt
 from .sampling import Draws
@@ -36,6 +36,7 @@ class Writer:
         self.finish_reason: FinishReason | None = None
         self.tokens: list[int] = []
         self.parts: list[Part] = []
+        self._calls = 0  # tool calls so far
         self._number = self._attempt = 0  # of the canvas at hand
         self._canvas: list[int] = []  # its argmax tokens after the last step
         self._steps = self._wasted = 0  # what it took, and what earlier attempts at it took
@@ -123,7 +124,9 @@ class Writer:
         self.tokens += tokens
         if self.finish_reason == "stop" and any(kind == "tool_call" for kind, _ in self.parts):
             self.finish_reason = "tool"
-        commit = Commit(self._number, tokens, parts, self._wasted + self._steps)
+        calls = calls_in(parts, self.request.prompt.first_call + self._calls)
+        self._calls += len(calls)
+        commit = Commit(self._number, tokens, parts, self._wasted + self._steps, calls)
         steps = [*self._stats.steps, commit.steps]
         self._stats = replace(self._stats, generated_tokens=len(self.tokens), steps=steps)
         if self.finish_reason is None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..config import TextConfig
-from ..errors import PromptError
+from ..errors import BusyError
 from .layer_cache import LayerCache, LayerRows
 
 SNAPSHOT_BYTES = 320 * 2**20  # that snapshots may take beside the cache: one of the published model's, 314 MB
@@ -173,9 +173,9 @@ class Cache:
 
     @contextmanager
     def reserved(self) -> Iterator[None]:
-        """Held by one request within this. Raises PromptError where another has it."""
+        """Held by one request within this. Raises BusyError where another has it."""
         if not self._lock.acquire(blocking=False):
-            raise PromptError(
+            raise BusyError(
                 "This cache is in use by another request; let that one end or close its events, or give each its own."
             )
         try:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from ..errors import PromptError
 from ..events import ToolCall
+from .tools import call_id
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Where a part may carry its picture or its video: in the spellings of Transformers and OpenAI.
@@ -32,12 +34,12 @@ def normalize_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]
     has to fill it, or a `VideoPart`.
 
     `model` becomes `assistant`; tool calls become `{"id", "type": "function", "function": {"name", "arguments"}}` with
-    a mapping for arguments; a tool's answer gets the id of its call; image and video parts become `{"type": "image"}`:
-    every template has one place holder for that, and not all know videos. Raises PromptError.
+    a mapping for arguments and an id that no other call has; a tool's answer gets the id of its call; image and video
+    parts become `{"type": "image"}`: every template has one place holder for that, and not all know videos. Raises
+    PromptError.
     """
     sources: list[Any] = []
     normal: list[dict[str, Any]] = []
-    unanswered: list[dict[str, Any]] = []
     for number, message in enumerate(messages, 1):
         where = f"Message {number}"
         if not isinstance(message, Mapping):
@@ -49,26 +51,74 @@ def normalize_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]
             if not isinstance(message.get(key) or "", str):
                 raise PromptError(f"{where}: `{key}` must be text, not a {type(message[key]).__name__}.")
         new = {**message, "role": role, "content": _content(message, role, where, sources)}
-        if role == "tool":
-            new["tool_call_id"] = _answered(message, unanswered, where)["id"]
-        else:
-            unanswered = _tool_calls(message.get("tool_calls") or [], role, where)
-            new["tool_calls"] = unanswered[:] or None
+        new["tool_calls"] = _tool_calls(message.get("tool_calls") or [], role, where) or None
         normal.append(new)
     if not normal:
         raise PromptError("There are no messages; give at least one.")
+    _match_answers(normal)
     return normal, sources
 
 
-def _answered(message: Message, unanswered: list[dict[str, Any]], where: str) -> dict[str, Any]:
-    """The call that a tool's message answers, taken off the list: the one with its id or name, else the next."""
+def call_ids(messages: Sequence[Message]) -> list[str]:
+    """The ids of all tool calls in messages that `normalize_messages` returned."""
+    return [call["id"] for message in messages for call in message.get("tool_calls") or ()]
+
+
+def _match_answers(messages: list[dict[str, Any]]) -> None:
+    """Give every tool call an id of its own, and every answer the id of its call. Raises PromptError."""
+    given = _make_ids_unique([call for message in messages for call in message.get("tool_calls") or ()])
+    unanswered: list[dict[str, Any]] = []
+    for number, message in enumerate(messages, 1):
+        if message["role"] == "tool":
+            del message["tool_calls"]
+            call = _answered(message, unanswered, given, f"Message {number}")
+            unanswered.remove(call)
+            message["tool_call_id"] = call["id"]
+        else:
+            unanswered = list(message["tool_calls"] or ())
+
+
+def _make_ids_unique(calls: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Give a new id to every call that has none, or one that an earlier call has. The result maps ids to those that
+    the calls came with.
+    """
+    taken = {call["id"] for call in calls}
+    fresh = (identity for identity in map(call_id, count(1)) if identity not in taken)
+    came_with: dict[str, str] = {}
+    for call in calls:
+        identity = call["id"]
+        if not identity or identity in came_with:
+            call["id"] = next(fresh)
+        came_with[call["id"]] = identity
+    return came_with
+
+
+def _answered(
+    message: Message, unanswered: list[dict[str, Any]], given: Mapping[str, str], where: str
+) -> dict[str, Any]:
+    """The call that a tool's message answers: the one with its id, else one that came without; of several, the one
+    with its name, else the next. Raises PromptError.
+    """
     if not unanswered:
         raise PromptError(f"{where} answers no tool call; put it after the assistant's message with `tool_calls`.")
-    by_id = [call for call in unanswered if call["id"] == message.get("tool_call_id")]
-    by_name = [call for call in unanswered if call["function"]["name"] == message.get("name")]
-    call = (by_id or by_name or unanswered)[0]
-    unanswered.remove(call)
-    return call
+    waiting, identity = unanswered, _identity(message, "tool_call_id", where)
+    if identity:
+        waiting = [call for call in unanswered if identity in (call["id"], given[call["id"]])]
+        waiting = waiting or [call for call in unanswered if not given[call["id"]]]
+    if not waiting:
+        raise PromptError(
+            f"{where} answers the tool call {identity!r}, which waits for no answer; give the `id` of one that does."
+        )
+    named = [call for call in waiting if call["function"]["name"] == message.get("name")]
+    return (named or waiting)[0]
+
+
+def _identity(mapping: Mapping[str, Any], key: str, where: str) -> str:
+    """The id that a call or an answer carries; nothing where it has none. Raises PromptError."""
+    identity = mapping.get(key)
+    if not isinstance(identity, str | None):
+        raise PromptError(f"{where}: `{key}` must be text, not a {type(identity).__name__}.")
+    return identity or ""
 
 
 def _content(message: Message, role: str, where: str, sources: list[Any]) -> Any:
@@ -135,12 +185,13 @@ def _tool_calls(calls: Any, role: str, where: str) -> list[dict[str, Any]]:
         raise PromptError(f"{where}: only the assistant can make tool calls.")
     if not isinstance(calls, list | tuple):
         raise PromptError(f"{where}: `tool_calls` must be a list, not a {type(calls).__name__}.")
-    return [_tool_call(call, f"call_{number}", where) for number, call in enumerate(calls, 1)]
+    return [_tool_call(call, where) for call in calls]
 
 
-def _tool_call(call: Any, identity: str, where: str) -> dict[str, Any]:
+def _tool_call(call: Any, where: str) -> dict[str, Any]:
+    """A tool call in OpenAI's form, its id empty where it has none."""
     if isinstance(call, ToolCall):
-        call = {"name": call.name, "arguments": call.arguments}
+        call = vars(call)
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise PromptError(f'{where}: a tool call is {{"function": {{"name": …, "arguments": {{…}}}}}}.')
@@ -156,5 +207,5 @@ def _tool_call(call: Any, identity: str, where: str) -> dict[str, Any]:
         raise PromptError(
             f"{where}: the arguments of {function['name']!r} must be an object that maps names to values."
         )
-    identity = call.get("id") or identity
+    identity = _identity(call, "id", where)
     return {"id": identity, "type": "function", "function": {"name": function["name"], "arguments": arguments}}

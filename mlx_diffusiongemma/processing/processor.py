@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from ..config import ModelConfig, VisionConfig, read_json
 from ..errors import CheckpointError, PromptError
 from ..events import Reply
-from .messages import Message, VideoPart, normalize_messages
+from .messages import Message, VideoPart, call_ids, normalize_messages
 from .replies import MARKERS, ReplyParser, reply_from_parts
-from .tools import Tool, tool_schemas
+from .tools import Tool, free_number, tool_schemas
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -27,12 +27,14 @@ IMAGE, IMAGE_BEGIN, IMAGE_END = "<|image|>", "<|image>", "<image|>"
 @dataclass(frozen=True)
 class Prompt:
     """What the model reads. `text` is the whole prompt, markers included; `images` are in the order of their tokens,
-    every frame of a video one of them.
+    every frame of a video one of them. `first_call` is the number in the id of the first tool call that the reply
+    makes: no call in the prompt's messages has it, or a higher one.
     """
 
     text: str
     tokens: list[int]
     images: tuple[PreparedImage, ...] = ()
+    first_call: int = 1
 
 
 class Processor:
@@ -108,7 +110,12 @@ class Processor:
         text = self._render(normal, tool_schemas(tools), thinking)
         pictures = self._prepare_pictures(sources, images, image_budget, allow_urls)
         text = _expand_pictures(text, pictures)
-        return Prompt(text, self._encode(text), tuple(image for picture in pictures for image in _images(picture)))
+        return Prompt(
+            text,
+            self._encode(text),
+            images=tuple(image for picture in pictures for image in _images(picture)),
+            first_call=free_number(call_ids(normal)),
+        )
 
     def content(
         self,
@@ -181,7 +188,7 @@ class Processor:
     def parse(self, tokens: Sequence[int], prompt: Prompt | None = None) -> Reply:
         """Take a finished reply (to `prompt`) apart. Any ids in the vocabulary will do: nothing raises."""
         parser = self.reply_parser(prompt)
-        return reply_from_parts([*parser.feed(tokens), *parser.finish()])
+        return reply_from_parts([*parser.feed(tokens), *parser.finish()], prompt.first_call if prompt else 1)
 
     def reply_parser(self, prompt: Prompt | None = None) -> ReplyParser:
         """A parser for one reply that arrives in pieces: `feed(tokens)` and at last `finish()`.

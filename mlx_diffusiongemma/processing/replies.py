@@ -23,8 +23,8 @@ from collections.abc import Iterable, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Literal
 
-from ..events import Part, PartKind, Reply, join_text
-from .tools import QUOTE, parse_tool_calls
+from ..events import Part, PartKind, Reply, ToolCall, join_text
+from .tools import QUOTE, number_calls, parse_tool_calls
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import StreamingDetokenizer
@@ -176,14 +176,20 @@ def merge(parts: Sequence[Part]) -> list[Part]:
     return merged
 
 
-def reply_from_parts(parts: Sequence[Part]) -> Reply:
-    """The finished reply that `parts`, from `feed` and `finish`, add up to."""
+def reply_from_parts(parts: Sequence[Part], first_call: int = 1) -> Reply:
+    """The finished reply that `parts`, from `feed` and `finish`, add up to. first_call: see `calls_in`."""
     return Reply(
         text=join_text(list(parts)),
         thinking="".join(text for kind, text in parts if kind == "thinking"),
-        tool_calls=[call for kind, text in parts if kind == "tool_call" for call in parse_tool_calls(text)],
+        tool_calls=calls_in(parts, first_call),
         parts=merge(parts),
     )
+
+
+def calls_in(parts: Iterable[Part], first_call: int) -> list[ToolCall]:
+    """The tool calls among `parts` that can be read, with ids that count from `first_call` on."""
+    written = (text for kind, text in parts if kind == "tool_call")
+    return number_calls((call for text in written for call in parse_tool_calls(text)), first_call)
 
 
 class _SpelledMarkers:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import PromptError
@@ -11,6 +13,7 @@ from ..events import ToolCall
 
 QUOTE = '<|"|>'
 DEEPEST = 64
+_NUMBERED = re.compile(r"call_([0-9]{1,9})")  # longer numbers are not ours, and `int` refuses the longest
 
 Tool = Mapping[str, Any] | Callable[..., Any]
 
@@ -95,6 +98,21 @@ def _check_schema(schema: Any, where: str, path: str, depth: int = 0) -> None:
 def _brief(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def call_id(number: int) -> str:
+    """The id of a conversation's tool call of this number: counted, so that the same seed gives the same ids."""
+    return f"call_{number}"
+
+
+def number_calls(calls: Iterable[ToolCall], first: int) -> list[ToolCall]:
+    """Give each call its id, counted from `first` on."""
+    return [replace(call, id=call_id(number)) for number, call in enumerate(calls, first)]
+
+
+def free_number(ids: Iterable[str]) -> int:
+    """The first number from which on no `call_id` is among `ids`."""
+    return 1 + max((int(match[1]) for match in map(_NUMBERED.fullmatch, ids) if match), default=0)
 
 
 def parse_tool_calls(body: str) -> list[ToolCall]:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from mlx_diffusiongemma import ChatSession, GenerationOptions, PromptError, load
+from mlx_diffusiongemma import ChatSession, GenerationOptions, PromptError, ToolCall, load
 from mlx_diffusiongemma.commands.chatting import chat as chat_command
 from mlx_diffusiongemma.commands.chatting.tools import load_functions, run_call, written
 from mlx_diffusiongemma.events import Done, Stats
@@ -210,9 +210,8 @@ class Calling:
         self.messages: list[str] = []
 
     @property
-    def tool_calls(self) -> list[dict]:
-        function = {"name": "elsewhere", "arguments": {"a": "\x1b[2J"}}
-        return [{"id": "call_1", "function": function}] if self.messages else []
+    def tool_calls(self) -> list[ToolCall]:
+        return [ToolCall("elsewhere", {"a": "\x1b[2J"}, "call_1")] if self.messages else []
 
     def send(self, *_, cancel):
         self.messages.append("a turn")
@@ -236,9 +235,9 @@ def test_calls_without_end_are_ended_and_cannot_draw(capsys):
 
 def test_what_a_file_defines_becomes_tools(functions, tmp_path):
     assert list(functions) == ["get_weather"]
-    call = {"id": "call_1", "function": {"name": "get_weather", "arguments": {"city": "atlantis"}}}
+    call = ToolCall("get_weather", {"city": "atlantis"})
     assert run_call(functions, call) == {"error": "LookupError: no such city"}
-    call["function"]["arguments"] = {"town": "lima"}
+    call = ToolCall("get_weather", {"town": "lima"})
     assert "TypeError" in run_call(functions, call)["error"]
     assert written(call) == 'get_weather(town="lima")'
     for name, content, message in (

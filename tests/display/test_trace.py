@@ -8,7 +8,7 @@ import pytest
 from mlx_diffusiongemma.display import trace
 from mlx_diffusiongemma.display.trace import TraceWriter, event_json, read_trace, replay
 from mlx_diffusiongemma.errors import PromptError
-from mlx_diffusiongemma.events import Commit, Done, Draft, Prefill, Stats
+from mlx_diffusiongemma.events import Commit, Done, Draft, Prefill, Stats, ToolCall
 
 STATS = Stats(17, 0, 4, [2], 0, 0.1, 0.5, 15_000_000_000)
 EVENTS = [
@@ -16,6 +16,7 @@ EVENTS = [
     Draft(0, 1, 48, [1, 2], [True, False], [0.0, 1.23456], "a\u2028"),
     Draft(0, 2, 48, [1, 3], [True, True], [0.0, 0.001], "a\n", [("thinking", "hm"), ("text", "a\n")], ["hma", "\n"]),
     Commit(0, [1, 3], [("thinking", "hm"), ("text", "a\n")], 2),
+    Commit(1, [4], [("tool_call", "call:f{x:1}")], 2, [ToolCall("f", {"x": 1}, "call_2")]),
     Done("stop", STATS),
 ]
 
@@ -43,10 +44,11 @@ def test_what_json_prints_reads_as_a_trace(tmp_path):
 def test_event_json():
     lines = [event_json(event) for event in EVENTS]
     assert not any("\n" in line for line in lines)
-    prefill, draft, _, commit, done = map(json.loads, lines)
+    prefill, draft, _, commit, calling, done = map(json.loads, lines)
     assert prefill == {"type": "prefill", "done": 17, "total": 17}
     assert (draft["type"], draft["step"], draft["accepted"]) == ("draft", 1, [True, False])
     assert (commit["type"], commit["text"], commit["parts"][0]) == ("commit", "a\n", ["thinking", "hm"])
+    assert calling["tool_calls"] == [{"name": "f", "arguments": {"x": 1}, "id": "call_2"}]
     assert (done["type"], done["finish_reason"]) == ("done", "stop")
     assert done["stats"]["tokens_per_second"] == 8
     assert done["stats"]["prompt_tokens_per_second"] == 170
@@ -93,13 +95,13 @@ def test_replay_keeps_the_time_but_for_long_waits(tmp_path, capsys, monkeypatch)
     clock = [100.0]
     monkeypatch.setattr(trace, "time", type("Clock", (), {"monotonic": lambda: clock[0]}))
     with TraceWriter(tmp_path / "trace") as writer:
-        for event, seconds in zip(EVENTS, (0, 5, 5.5, 5.5, 5.75), strict=True):
+        for event, seconds in zip(EVENTS, (0, 5, 5.5, 5.5, 5.5, 5.75), strict=True):
             clock[0] = 100 + seconds
             writer.write(event)
     waits = []
     monkeypatch.setattr(trace.time, "sleep", waits.append, raising=False)
     done = replay(tmp_path / "trace", speed=2)
-    assert waits == [0, 0.5, 0.75, 0.75, 0.875]  # the clock stands still
+    assert waits == [0, 0.5, 0.75, 0.75, 0.75, 0.875]  # the clock stands still
     assert done == EVENTS[-1]
     assert capsys.readouterr().out == "a\n"
 

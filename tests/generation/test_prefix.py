@@ -14,7 +14,7 @@ from golden.cases import Case
 from PIL import Image
 from scripted import ByteProcessor
 
-from mlx_diffusiongemma import GenerationOptions, PromptError, generate, load, stream
+from mlx_diffusiongemma import BusyError, GenerationOptions, PromptError, generate, load, stream
 from mlx_diffusiongemma.events import Done, Draft, Event, Prefill
 from mlx_diffusiongemma.generation.prefix import encode_prompt
 from mlx_diffusiongemma.generation.replying import collect
@@ -194,7 +194,7 @@ def test_a_cache_in_use_is_refused_until_the_request_is_over(demo, way, monkeypa
     events = stream(model, processor, "sort 312", cache=cache, seed=0, max_tokens=8, cancel=cancel)
     next(events)
     for refused in (lambda: next(early), lambda: stream(model, processor, "sort 21", cache=cache)):
-        with pytest.raises(PromptError, match="in use by another request"):
+        with pytest.raises(BusyError, match="in use by another request"):
             refused()
     assert generate(model, processor, "sort 21", cache=cache.fork(), max_tokens=8).tokens
     match way:
@@ -220,14 +220,14 @@ def test_a_cache_in_use_is_refused_until_the_request_is_over(demo, way, monkeypa
 
 def test_of_two_threads_one_gets_the_cache(demo):
     model, processor = demo
-    cache, together, found = model.make_cache(), threading.Barrier(2), []
+    cache, together, found = model.make_cache(), threading.Barrier(2, timeout=60), []
     requests = [stream(model, processor, "sort 312", cache=cache, seed=0, max_tokens=8) for _ in range(2)]
 
     def begin(events):
         together.wait()
         try:
             found.append(next(events))
-        except PromptError as error:
+        except BusyError as error:
             found.append(error)
         together.wait()  # neither is over before both have tried
 
@@ -236,7 +236,7 @@ def test_of_two_threads_one_gets_the_cache(demo):
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(type(each).__name__ for each in found) == ["Prefill", "PromptError"]
+    assert sorted(type(each).__name__ for each in found) == ["BusyError", "Prefill"]
 
 
 def image_prompt(processor, *colours: str, question: str = "colors?") -> Prompt:

@@ -6,15 +6,26 @@ import json
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
 from PIL import Image
 
-from mlx_diffusiongemma import ChatSession, CheckpointError, GenerationOptions, PromptError, collect, generate, load
+from mlx_diffusiongemma import (
+    BusyError,
+    ChatSession,
+    CheckpointError,
+    GenerationOptions,
+    PromptError,
+    ToolCall,
+    collect,
+    generate,
+    load,
+)
 from mlx_diffusiongemma.checkpoints.safetensors import write_header
 from mlx_diffusiongemma.events import Done, Draft
-from mlx_diffusiongemma.generation.session_file import read_session
+from mlx_diffusiongemma.generation.session_file import read_session, write_session
 from mlx_diffusiongemma.model.cache import Cache
 from mlx_diffusiongemma.processing.images import PreparedImage
 
@@ -100,7 +111,7 @@ def test_tool_calls_come_back_with_their_results(demo):
     question = {"role": "user", "content": "weather in oslo"}
     chat = ChatSession(*demo, tools=[weather], options=OPTIONS)
     chat._turns = (question, {"role": "assistant", "content": "", "tool_calls": [call("weather", city="oslo")]})
-    assert chat.tool_calls[0]["function"] == {"name": "weather", "arguments": {"city": "oslo"}}
+    assert chat.tool_calls == [ToolCall("weather", {"city": "oslo"})] and chat.tool_calls[0].id == "call_1"
     with pytest.raises(PromptError, match="send_tool_results"):
         chat.send("never mind")
     with pytest.raises(PromptError, match="called 1 tools; 2 results"):
@@ -131,8 +142,59 @@ def test_calls_of_the_model_become_part_of_the_conversation(demo, questions):
         chat.system = question["messages"][0]["content"]
     result = chat.ask(question["messages"][-1]["content"])
     assert result.finish_reason == "tool"
-    called = [(made["function"]["name"], made["function"]["arguments"]) for made in chat.tool_calls]
-    assert called == [(made["name"], made["arguments"]) for made in question["tool_calls"]]
+    assert chat.tool_calls == [ToolCall(made["name"], made["arguments"]) for made in question["tool_calls"]]
+    assert [call.id for call in result.tool_calls] == [call.id for call in chat.tool_calls] == ["call_1"]
+
+
+def replying(*parts: tuple[str, str]):
+    """A reply parser that reads every reply as these parts."""
+    nothing = SimpleNamespace(feed=lambda tokens: [], preview=lambda tokens: [[] for _ in tokens] or [[]])
+    return lambda prompt=None: SimpleNamespace(**vars(nothing), finish=lambda: list(parts))
+
+
+def test_calls_are_counted_over_the_conversation(demo, monkeypatch, tmp_path):
+    chat = ChatSession(*demo, tools=[weather], options=OPTIONS)
+    written = [("tool_call", 'call:weather{city:"lima"}'), ("tool_call", 'call:weather{city:"oslo"}call:weather{}')]
+    calls = [ToolCall("weather", arguments) for arguments in ({"city": "lima"}, {"city": "oslo"}, {})]
+    for first in (1, 4):
+        monkeypatch.setattr(chat.processor, "reply_parser", replying(*written))
+        ids = [f"call_{number}" for number in range(first, first + 3)]
+        for again in (True, False):
+            result = chat.ask("?")
+            assert result.tool_calls == chat.tool_calls == calls and result.finish_reason == "tool"
+            assert [call.id for call in result.tool_calls] == [call.id for call in chat.tool_calls] == ids
+            if again:
+                chat.undo()
+        monkeypatch.setattr(chat.processor, "reply_parser", replying(("text", "done")))
+        assert collect(chat.send_tool_results(["a", "b", "c"])).text == "done" and chat.tool_calls == []
+        assert [message["tool_call_id"] for message in chat.messages[-4:-1]] == ids
+    chat.save(tmp_path / "chat")
+    chat.restore(tmp_path / "chat")
+    monkeypatch.setattr(chat.processor, "reply_parser", replying(*written))
+    assert [call.id for call in chat.ask("?").tool_calls] == ["call_7", "call_8", "call_9"]
+
+
+def test_calls_are_counted_on_from_the_messages(demo, monkeypatch):
+    asked = {"role": "user", "content": "?"}
+    called = {"role": "assistant", "tool_calls": [ToolCall("weather", {"city": "oslo"})]}
+    monkeypatch.setattr(demo[1], "reply_parser", replying(("tool_call", "call:weather{}")))
+    result = generate(*demo, [asked, called, {"role": "tool", "content": "sunny"}, asked], options=OPTIONS)
+    assert [call.id for call in result.tool_calls] == ["call_2"]
+
+
+def test_a_file_in_which_ids_repeat_gets_ids_of_their_own(demo, chat, tmp_path):
+    """As sessions numbered the calls of every turn before."""
+    asked, sunny = {"role": "user", "content": "?"}, {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}
+    called = {"role": "assistant", "content": "", "tool_calls": [call("weather", city="oslo")]}
+    messages = [asked, called, sunny, {"role": "assistant", "content": "Sun."}, asked, called]
+    conversation = {"system": None, "thinking": False, "messages": messages}
+    write_session(tmp_path / "chat", demo[0], conversation, demo[0].make_cache())
+    chat.restore(tmp_path / "chat")
+    assert [call.id for call in chat.tool_calls] == ["call_2"]
+    assert chat.messages[1] == called and chat.messages[2] == sunny and chat.messages[:1] == [asked]
+    chat.tools = [weather]
+    collect(chat.send_tool_results(["rain"]))
+    assert chat.messages[6] == {"role": "tool", "tool_call_id": "call_2", "content": "rain"}
 
 
 @pytest.fixture(scope="module")
@@ -180,9 +242,9 @@ def test_a_turn_that_does_not_end_leaves_the_session_as_it_was(chat, way, monkey
         monkeypatch.undo()
     else:
         next(event for event in events if isinstance(event, Draft))
-        with pytest.raises(PromptError, match="busy"):
+        with pytest.raises(BusyError, match="busy"):
             chat.send("sort 97")
-        with pytest.raises(PromptError, match="busy"):
+        with pytest.raises(BusyError, match="busy"):
             chat.undo()
         if way == "cancel":
             cancel.set()

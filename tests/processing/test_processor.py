@@ -177,6 +177,16 @@ REFUSED = {
     "argument names not text": ({"text_or_messages": [{**CALL, "tool_calls": [ToolCall("f", {1: 2})]}]}, "object"),
     "answer without a call": ({"text_or_messages": [user("a"), {"role": "tool", "content": "b"}]}, "no tool call"),
     "two answers to a call": ({"text_or_messages": [CALL, *[{"role": "tool", "content": "b"}] * 2]}, "Message 3"),
+    "call id a number": ({"text_or_messages": [{**CALL, "tool_calls": [{"name": "f", "id": 7}]}]}, "`id` must be text"),
+    "call id a list": ({"text_or_messages": [{**CALL, "tool_calls": [{"name": "f", "id": []}]}]}, "`id` must be text"),
+    "answer id a number": (
+        {"text_or_messages": [CALL, {"role": "tool", "content": "b", "tool_call_id": 7}]},
+        "`tool_call_id` must be text",
+    ),
+    "an answer's calls": (
+        {"text_or_messages": [CALL, {"role": "tool", "content": "b", "tool_calls": ["f"]}]},
+        "only the assistant",
+    ),
     "answer not JSON": ({"text_or_messages": [CALL, {"role": "tool", "content": {"a": object()}}]}, "JSON"),
     "one tool": ({"tools": {"name": "f"}}, "list"),
     "tool is a function, no list": ({"tools": forecast}, "list"),

@@ -16,7 +16,7 @@ from .input import Read, answer_reader, at_terminal, interrupts, message_reader
 from .tools import Functions, load_functions, run_call, written
 
 if TYPE_CHECKING:
-    from ...events import Done, Event
+    from ...events import Done, Event, ToolCall
     from ...generation.session import ChatSession
 
 MOST_CALLS = 8  # replies in a row that call tools
@@ -140,12 +140,12 @@ class _Chat:
             _say(done.note)
         return done
 
-    def _answer(self, call: dict[str, Any]) -> Any:
+    def _answer(self, call: ToolCall) -> Any:
         """What the tool gives, if the user lets it run."""
         from ...display.cells import printable
 
         asked = printable(written(call))
-        if call["function"]["name"] not in self.functions:
+        if call.name not in self.functions:
             _say(f"The model asks for {asked}, which is not among the tools.")
             return {"error": "there is no such tool"}
         if not at_terminal():

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import PromptError
+from ...events import ToolCall
 from ...processing.tools import tool_schemas
 
 Functions = dict[str, Callable[..., Any]]
@@ -36,18 +37,15 @@ def load_functions(path: Path) -> Functions:
     return found
 
 
-def written(call: dict[str, Any]) -> str:
+def written(call: ToolCall) -> str:
     """A call as Python would write it."""
-    function = call["function"]
-    arguments = ", ".join(
-        f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in function["arguments"].items()
-    )
-    return f"{function['name']}({arguments})"
+    arguments = (f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in call.arguments.items())
+    return f"{call.name}({', '.join(arguments)})"
 
 
-def run_call(functions: Functions, call: dict[str, Any]) -> Any:
+def run_call(functions: Functions, call: ToolCall) -> Any:
     """What the called function returns; what it raises, as the answer that the model gets."""
     try:
-        return functions[call["function"]["name"]](**call["function"]["arguments"])
+        return functions[call.name](**call.arguments)
     except (Exception, SystemExit) as error:  # whatever the user's code raises
         return {"error": f"{type(error).__name__}: {error}"}
