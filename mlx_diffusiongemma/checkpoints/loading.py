@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 from ..config import ModelConfig, Quantization, read_json
 from ..errors import CheckpointError
 from ..model.diffusion_gemma import DiffusionGemma
+from ..model.joining import fusible
 from ..model.moe import Experts
 from ..model.scaled import add_tensor_scales
 from ..model.vision import VisionModel
@@ -196,8 +197,8 @@ def _evaluate(model: DiffusionGemma, directory: Path, progress: Progress | None,
         if on_cpu:
             _widen(layer.experts)
         if fuse:
-            layer.self_attn.fuse()
-            layer.mlp.fuse()
+            for module in fusible(layer):
+                module.fuse()
         _read(layer, directory)
         if progress:
             progress(done, len(layers))

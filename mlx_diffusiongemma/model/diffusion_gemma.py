@@ -16,6 +16,7 @@ from ..errors import CheckpointError
 from ..options import GenerationOptions
 from . import vocabulary
 from .cache import SNAPSHOT_BYTES, Cache, Label
+from .joining import fusible
 from .layers import MLP, Attention, Extend, SelfConditioning
 from .moe import Experts, Router
 from .vision import VisionModel, image_blocks
@@ -132,11 +133,17 @@ class DiffusionGemma(nn.Module):
         return Cache(self.config.text, self.config.canvas_length, snapshot_bytes)
 
     def fuse(self) -> None:
-        """Join projections of one input (q, k, v; gate, up) into one product: same numbers, names unchanged."""
-        for layer in self.model.decoder.layers:
-            layer.self_attn.fuse()
-            layer.mlp.fuse()
-        self.model.decoder.self_conditioning.fuse()
+        """Join projections of one input (q, k, v; gate, up) into one product: same numbers, names unchanged.
+
+        What gives one of them another weight, or puts another layer in its place, undoes its join.
+        """
+        for module in fusible(self):
+            module.fuse()
+
+    def unfuse(self) -> None:
+        """Undo `fuse`. The weights stay where they are in memory."""
+        for module in fusible(self):
+            module.unfuse()
 
     def encode(
         self,

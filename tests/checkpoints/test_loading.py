@@ -79,7 +79,7 @@ def test_fusing_leaves_names_values_and_text_as_they_are(checkpoint, request, mo
     monkeypatch.setattr(loading, "_fusing_pays", lambda: True)  # as on a GPU
     fused, processor = load(directory)
     plain, _ = load(directory, fuse=False)
-    assert fused.model.decoder.layers[0].self_attn._fused and not plain.model.decoder.layers[0].self_attn._fused
+    assert fused.model.decoder.layers[0].self_attn._joined and not plain.model.decoder.layers[0].self_attn._joined
     ours, theirs = (dict(tree_flatten(model.parameters())) for model in (fused, plain))
     assert ours.keys() == theirs.keys()
     assert all(mx.array_equal(ours[name], theirs[name]) for name in ours)
