@@ -68,14 +68,14 @@ class GenerationOptions:
             raise PromptError(f"end_tokens takes a list of token ids, not {self.end_tokens!r}.")
 
     @classmethod
-    def from_checkpoint(cls, directory: str | Path) -> GenerationOptions:
+    def from_checkpoint(cls, directory: str | Path, config: dict[str, Any] | None = None) -> GenerationOptions:
         """The checkpoint's own settings, filled in with the reference's defaults where it says nothing.
 
         End tokens are the union of config.json's and generation_config.json's: each file leaves some out.
-        Raises CheckpointError.
+        config: what config.json holds, where that is read already. Raises CheckpointError.
         """
         directory = Path(directory)
-        config = read_json(directory / "config.json")
+        config = read_json(directory / "config.json") if config is None else config
         path = directory / "generation_config.json"
         generation = read_json(path) if path.exists() else config.get("generation_config") or {}
         inside = [check_object(config.get(name) or {}, name) for name in ("text_config", "generation_config")]

@@ -8,6 +8,7 @@ import mlx.core as mx
 import pytest
 from conftest import DEMO
 from mlx.utils import tree_flatten
+from random_models import config_json, random_model, true_pattern
 
 import mlx_diffusiongemma
 from mlx_diffusiongemma import CheckpointError, generate, load
@@ -100,6 +101,39 @@ def test_fused_weights_are_not_stored_twice(demo_float32, monkeypatch):
     assert size(True)[0] <= 1.01 * size(False)[0]
 
 
+def write_random(directory, bits, dtype):
+    """A checkpoint of six layers, 4 MB each in float32, with the demo's tokenizer."""
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "moe_intermediate_size": 64, "vocab_size": 1024}
+    config = config_json(true_pattern(6), 32, **sizes, head_dim=64, global_head_dim=128)
+    model = random_model(config, bits, dtype)
+    quantized = {name: module for name, module in model.named_modules() if "bits" in vars(module)}
+    overrides = {name: {"group_size": part.group_size, "bits": part.bits} for name, part in quantized.items()}
+    quantization = {"quantization": {"group_size": 64, "bits": 8, **overrides}} if bits else {}
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps({**config, **quantization, "eos_token_id": 1}))
+    for path in DEMO.glob("token*"):
+        shutil.copyfile(path, directory / path.name)
+    mx.save_safetensors(str(directory / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    return directory
+
+
+@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "apart"])
+@pytest.mark.parametrize(("bits", "dtype"), [(None, mx.float32), (None, mx.bfloat16), (4, mx.bfloat16)])
+def test_loading_holds_one_layer_twice_at_most(bits, dtype, fuse, tmp_path, monkeypatch):
+    """Fusing copies a layer's projections, and on a CPU bfloat16 experts become float32."""
+    monkeypatch.setattr(loading, "_fusing_pays", lambda: True)
+    directory = write_random(tmp_path / "model", bits, dtype)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model, _ = load(directory, fuse=fuse)
+    peak = mx.get_peak_memory() - before
+    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    layer = max(sum(array.nbytes for _, array in tree_flatten(layer)) for layer in model.model.decoder.layers)
+    assert weights <= mx.get_active_memory() - before <= 1.01 * weights
+    assert peak <= weights + layer / 2
+
+
 def test_vision_weights_wait_for_an_image(demo_float32):
     model, processor = load(demo_float32)
     assert model._vision is None
@@ -180,9 +214,10 @@ def shard_of(directory):
         (lambda d: (d / "config.json").write_text("{"), "cannot be read as JSON"),
         (lambda d: break_config(d, model_type="gemma4"), "'gemma4'"),
         (lambda d: (d / "tokenizer.json").unlink(), "tokenizer"),
-        (lambda d: shard_of(d).write_bytes(shard_of(d).read_bytes()[:-1000]), "damaged"),
-        (lambda d: shard_of(d).write_bytes(b"\xff" * 100), "damaged"),
-        (lambda d: shard_of(d).write_bytes(b""), "damaged"),
+        (lambda d: shard_of(d).write_bytes(shard_of(d).read_bytes()[:-1000]), "is truncated"),
+        (lambda d: shard_of(d).write_bytes(b"\xff" * 100), "is damaged"),
+        (lambda d: shard_of(d).write_bytes(b""), "is damaged"),
+        (lambda d: rewrite(d, lambda weights: weights.update({NORM: mx.zeros(128, mx.complex64)})), "unknown type"),
     ],
 )
 def test_damaged_checkpoints_are_refused_in_one_sentence(copy, damage, sentence):
@@ -195,7 +230,7 @@ def test_damaged_checkpoints_are_refused_in_one_sentence(copy, damage, sentence)
 def test_an_index_is_not_trusted(copy):
     rewrite(copy, lambda weights: None)
     index = copy / "model.safetensors.index.json"
-    for name, sentence in [("gone.safetensors", "is not there"), ("../model.safetensors", "outside its directory")]:
+    for name, sentence in [("gone.safetensors", "lacks gone"), ("../model.safetensors", "outside its own directory")]:
         index.write_text(json.dumps({"weight_map": {NORM: name}}))
         with pytest.raises(CheckpointError, match=sentence):
             load(copy)
