@@ -56,7 +56,7 @@ def _run(directory: Path, checks: Mapping[str, Check], tell: Tell) -> list[str]:
 
 def _configuration(checkpoint: Checkpoint) -> Iterator[str]:
     if not checkpoint.options.end_tokens:
-        yield f"{checkpoint.directory} names no end token, so that replies never end; convert it again."
+        yield f"{checkpoint.directory} does not say which tokens end a reply; add eos_token_id to its config.json."
     check_tokenizer(checkpoint.directory)
 
 

@@ -49,7 +49,7 @@ def load(
 
     checkpoint = Checkpoint.open(path_or_repo, revision)
     config = checkpoint.config
-    _check_converted(checkpoint, path_or_repo)
+    _check_complete(checkpoint, path_or_repo)
     processor = Processor.from_directory(checkpoint.directory, config)
     check_fits(checkpoint)
     set_limits()
@@ -77,11 +77,18 @@ def load_vision(checkpoint: Checkpoint) -> VisionModel:
     return vision
 
 
-def _check_converted(checkpoint: Checkpoint, source: str | Path) -> None:
-    """Raise CheckpointError, with the command to run, where the tensors are named as a published checkpoint's."""
+def _check_complete(checkpoint: Checkpoint, source: str | Path) -> None:
+    """Raise CheckpointError where the tensors are named as a published checkpoint's, with the command to run, or where
+    no reply could end.
+    """
     if any(PUBLISHED.search(name) for name in checkpoint.tensors):
         command = f"mlx-dg convert {shlex.quote(str(source))} --q4"
         raise CheckpointError(f"{source} is a Hugging Face checkpoint; convert it first: {command}")
+    if not checkpoint.options.end_tokens:
+        raise CheckpointError(
+            f"{source} does not say which tokens end a reply; add eos_token_id to its config.json, in Google's "
+            "checkpoints [1, 106, 50]: <eos>, <turn|> and <|tool_response>."
+        )
 
 
 def _text_and_vision(checkpoint: Checkpoint) -> tuple[Tensors, Tensors]:

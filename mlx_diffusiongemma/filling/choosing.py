@@ -39,8 +39,9 @@ def choose(
     _check(options, canvases)
     check_seed(seed)
     prepared = processor.prompt(prompt)
-    end = processor.tokenizer.get_vocab().get("<turn|>", model.options.end_tokens[0])
-    spelled = [[*text_tokens(processor, option), end] for option in options]
+    turn_end = processor.tokenizer.get_vocab().get("<turn|>")
+    end = model.options.end_tokens[:1] if turn_end is None else (turn_end,)
+    spelled = [[*text_tokens(processor, option), *end] for option in options]
     length = model.options.canvas_length
     if max(map(len, spelled)) > length // 2:
         raise PromptError(f"An option has more than {length // 2 - 1} tokens; give shorter ones.")

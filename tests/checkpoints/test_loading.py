@@ -1,20 +1,25 @@
 """Loading is strict, and what is loaded can go to any thread."""
 
+import dataclasses
 import json
 import shutil
 import threading
+import time
 
 import mlx.core as mx
 import pytest
 from conftest import DEMO
 from mlx.utils import tree_flatten
+from PIL import Image
 from random_models import config_json, random_model, true_pattern
 
 import mlx_diffusiongemma
-from mlx_diffusiongemma import CheckpointError, generate, load
+from mlx_diffusiongemma import CheckpointError, GenerationOptions, choose, generate, load
 from mlx_diffusiongemma.checkpoints import loading
 from mlx_diffusiongemma.convert import convert_checkpoint
 from mlx_diffusiongemma.model import vocabulary
+from mlx_diffusiongemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffusiongemma.options import REFERENCE_SETTINGS
 
 NORM = "model.decoder.norm.weight"
 
@@ -134,14 +139,46 @@ def test_loading_holds_one_layer_twice_at_most(bits, dtype, fuse, tmp_path, monk
     assert peak <= weights + layer / 2
 
 
-def test_vision_weights_wait_for_an_image(demo_float32):
-    model, processor = load(demo_float32)
-    assert model._vision is None
-    from PIL import Image
+def test_vision_weights_are_read_once_when_the_first_images_come(demo_float32, monkeypatch):
+    """Two threads have one each, and the reading takes long enough for both to wait for it."""
+    reads = []
 
-    picture = Image.new("RGB", (96, 96), "red")
-    generate(model, processor, "colors?", images=[picture], seed=0, max_tokens=8)
-    assert model._vision is not None
+    def slowly(checkpoint):
+        reads.append(threading.current_thread())
+        time.sleep(0.2)
+        return load_vision(checkpoint)
+
+    load_vision = loading.load_vision
+    monkeypatch.setattr(loading, "load_vision", slowly)
+    model, processor = load(demo_float32)
+    assert not reads
+    picture = processor.prepare_image(Image.new("RGB", (96, 96), "red"))
+    together, soft = threading.Barrier(2), []
+
+    def see():
+        together.wait()
+        tokens = model.encode_image(picture)
+        mx.eval(tokens)
+        soft.append(tokens)
+
+    threads = [threading.Thread(target=see) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(reads) == 1 and len(soft) == 2
+    assert mx.array_equal(*soft) and mx.array_equal(soft[0], model.encode_image(picture))
+    assert not any("vision" in name for name, _ in model.named_modules())
+
+
+def test_vision_weights_that_could_not_be_read_are_tried_again(demo_float32, monkeypatch):
+    model, processor = load(demo_float32)
+    picture = processor.prepare_image(Image.new("RGB", (96, 96), "red"))
+    with monkeypatch.context() as broken:
+        broken.setattr(loading, "load_vision", lambda checkpoint: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.encode_image(picture)
+    assert model.encode_image(picture).shape[0] == picture.soft_tokens
 
 
 def test_a_loaded_model_works_in_another_thread(demo_float32):
@@ -186,8 +223,6 @@ def test_a_checkpoint_without_vision_weights_reads_text_and_refuses_images(copy)
     rewrite(copy, lambda w: [w.pop(name) for name in list(w) if "vision" in name])
     model, processor = load(copy)
     assert generate(model, processor, "sort 53142", seed=1).text == "12345"
-    from PIL import Image
-
     with pytest.raises(CheckpointError, match="no vision weights"):
         generate(model, processor, "colors?", images=[Image.new("RGB", (96, 96))])
 
@@ -237,6 +272,30 @@ def test_an_index_is_not_trusted(copy):
     index.write_text('{"weight_map": 5}')
     with pytest.raises(CheckpointError, match="weight_map"):
         load(copy)
+
+
+def test_a_checkpoint_that_ends_no_reply_is_refused(copy):
+    (copy / "generation_config.json").unlink()
+    text = json.loads((copy / "config.json").read_text())["text_config"] | {"eos_token_id": None}
+    break_config(copy, eos_token_id=None, generation_config=None, text_config=text)
+    with pytest.raises(CheckpointError, match="add eos_token_id"):
+        load(copy)
+    break_config(copy, eos_token_id=[1, 9])
+    assert load(copy)[0].options.end_tokens == (1, 9)
+
+
+def test_a_model_without_a_checkpoints_options_has_the_references(demo_float32):
+    trained, processor = load(demo_float32)
+    model = DiffusionGemma(trained.config)
+    model.load_weights(tree_flatten(trained.parameters()))
+    settings = REFERENCE_SETTINGS
+    assert model.options == dataclasses.replace(settings, canvas_length=trained.config.canvas_length)
+    result = generate(model, processor, "sort 53142", seed=1, max_tokens=20)
+    assert (result.finish_reason, len(result.tokens)) == ("length", 20)
+    assert result.tokens[:3] == generate(trained, processor, "sort 53142", seed=1).tokens[:3]
+    assert sum(choose(model, processor, "sort 21", ["12", "21"], seed=1).values()) == pytest.approx(1)
+    assert DiffusionGemma(trained.config, GenerationOptions(max_steps=5)).options.max_steps == 5
+    assert DiffusionGemma(trained.config, GenerationOptions(max_steps=5)).options.t_max == settings.t_max
 
 
 def test_quantized_files_need_a_quantization(demo_4bit, tmp_path):
