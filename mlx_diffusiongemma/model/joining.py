@@ -29,20 +29,21 @@ class Fusible(nn.Module):
 
     def unfuse(self) -> None:
         """Let each layer compute by itself again."""
-        if self._joined is not None:
-            self._joined.undo()
-            self._joined = None
+        joined, self._joined = self._joined, None
+        if joined is not None:
+            joined.undo()
 
     def joined_product(self, x: mx.array) -> mx.array | None:
         """The layers' products side by side, or None where each has to compute its own: where they are not fused, or
         where one of them or its weights have changed since, which undoes the join.
         """
-        if self._joined is None:
+        joined = self._joined  # which another thread may undo meanwhile
+        if joined is None:
             return None
-        if not self._joined.is_of(self):
+        if not joined.is_of(self):
             self.unfuse()
             return None
-        return self._joined.linear(x)
+        return joined.linear(x)
 
 
 def fusible(module: nn.Module) -> list[Fusible]:

@@ -181,7 +181,9 @@ def test_vision_weights_that_could_not_be_read_are_tried_again(demo_float32, mon
     assert model.encode_image(picture).shape[0] == picture.soft_tokens
 
 
-def test_a_loaded_model_works_in_another_thread(demo_float32):
+@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "apart"])
+def test_a_loaded_model_works_in_another_thread(demo_float32, fuse, monkeypatch):
+    monkeypatch.setattr(loading, "_fusing_pays", lambda: fuse)
     model, processor = load(demo_float32)
     texts = []
     threads = [
