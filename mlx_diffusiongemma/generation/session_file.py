@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 KIND, VERSION = "mlx-diffusiongemma session", "1"
 SAMPLES = 64  # of every weight, in a model's fingerprint
-IMAGE, VIDEO = "prepared image", "prepared video"  # the keys that stand for them in JSON
+IMAGE_KEY, VIDEO_KEY = "prepared image", "prepared video"  # the keys that stand for them in JSON
 
 Arrays = dict[str, mx.array]
 
@@ -146,17 +146,17 @@ def _checksum(arrays: Arrays, text: str) -> str:
 
 def _picture_as_json(value: Any, images: list[PreparedImage]) -> dict[str, Any]:
     if isinstance(value, PreparedVideo):
-        return {VIDEO: value.frames, "times": value.times}
+        return {VIDEO_KEY: value.frames, "times": value.times}
     if not isinstance(value, PreparedImage):
         raise TypeError(f"a {type(value).__name__}")
     images.append(value)
-    return {IMAGE: len(images) - 1, "soft_tokens": value.soft_tokens, "digest": value.digest}
+    return {IMAGE_KEY: len(images) - 1, "soft_tokens": value.soft_tokens, "digest": value.digest}
 
 
 def _picture_from_json(value: dict[str, Any], arrays: Arrays) -> Any:
-    if value.keys() == {VIDEO, "times"}:
-        return PreparedVideo(tuple(value[VIDEO]), tuple(value["times"]))
-    if value.keys() != {IMAGE, "soft_tokens", "digest"}:
+    if value.keys() == {VIDEO_KEY, "times"}:
+        return PreparedVideo(tuple(value[VIDEO_KEY]), tuple(value["times"]))
+    if value.keys() != {IMAGE_KEY, "soft_tokens", "digest"}:
         return value
-    pixels, positions = (np.array(arrays[f"images.{value[IMAGE]}.{name}"]) for name in ("pixels", "positions"))
+    pixels, positions = (np.array(arrays[f"images.{value[IMAGE_KEY]}.{name}"]) for name in ("pixels", "positions"))
     return PreparedImage(pixels, positions, value["soft_tokens"], value["digest"])

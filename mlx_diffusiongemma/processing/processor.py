@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from .images import ImageSource, PreparedImage, PreparedVideo, VideoSource
 
-IMAGE, IMAGE_BEGIN, IMAGE_END = "<|image|>", "<|image>", "<image|>"
+IMAGE_TOKEN, IMAGE_BEGIN, IMAGE_END = "<|image|>", "<|image>", "<image|>"
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ class Processor:
         thinking: bool = False,
         *,
         image_budget: int | None = None,
+        allow_files: bool = True,
         allow_urls: bool = False,
     ) -> Prompt:
         """Render a prompt that ends where the model's reply begins.
@@ -88,7 +89,9 @@ class Processor:
         text_or_messages: one user turn; chat messages; token ids, taken as they are; or a Prompt, returned as it is.
         images: fill the image parts that have no source, in order; before a plain string they come first.
         tools: OpenAI-style schemas or typed Python functions.
-        image_budget: most soft tokens per image. allow_urls: fetch images and videos from http(s).
+        image_budget: most soft tokens per image.
+        allow_files: read images and videos from paths; False is for messages of strangers, who could name any.
+        allow_urls: fetch images and videos from http(s).
 
         A video is a part {"type": "video", "video": source, "frames": most, "fps": of a list}: see `prepare_video`.
         Raises PromptError.
@@ -106,7 +109,7 @@ class Processor:
             raise PromptError(f"A prompt is text, a list of messages or of token ids, not a {type(messages).__name__}.")
         normal, sources = normalize_messages(messages)
         text = self._render(normal, tool_schemas(tools), thinking)
-        pictures = self._prepare_pictures(sources, images, image_budget, allow_urls)
+        pictures = self._prepare_pictures(sources, images, image_budget, allow_files, allow_urls)
         text = _expand_pictures(text, pictures)
         return Prompt(
             text,
@@ -120,22 +123,33 @@ class Processor:
         text: str,
         images: Sequence[ImageSource | PreparedImage] = (),
         videos: Sequence[VideoSource | PreparedVideo] = (),
+        *,
+        allow_files: bool = True,
+        allow_urls: bool = False,
     ) -> str | list[dict[str, Any]]:
-        """A message's content: `text` after images and videos, if any, which are prepared: prompts made of them read no
-        file again. Raises PromptError.
+        """Make a message's content: `text` after images and videos, if any, which are prepared: prompts made of them
+        read no file again. Raises PromptError.
         """
+        if not isinstance(text, str):
+            raise PromptError(f"The text of a message is text, not a {type(text).__name__}.")
         _check_list("images", images)
         _check_list("videos", videos)
+        allowed = {"allow_files": allow_files, "allow_urls": allow_urls}
         parts = [
-            *({"type": "image", "image": self.prepare_image(image)} for image in images),
-            *({"type": "video", "video": self.prepare_video(video)} for video in videos),
+            *({"type": "image", "image": self.prepare_image(image, **allowed)} for image in images),
+            *({"type": "video", "video": self.prepare_video(video, **allowed)} for video in videos),
         ]
         return [*parts, {"type": "text", "text": text}] if parts else text
 
     def prepare_image(
-        self, source: ImageSource | PreparedImage, *, budget: int | None = None, allow_urls: bool = False
+        self,
+        source: ImageSource | PreparedImage,
+        *,
+        budget: int | None = None,
+        allow_files: bool = True,
+        allow_urls: bool = False,
     ) -> PreparedImage:
-        """`images.prepare_image` for this checkpoint. Raises PromptError."""
+        """Prepare an image for this checkpoint: see `images.prepare_image`. Raises PromptError."""
         vision = self._vision()
         from .images import PreparedImage, prepare_image
 
@@ -146,6 +160,7 @@ class Processor:
             budget=self.image_budget if budget is None else budget,
             patch_size=vision.patch_size,
             pooling=vision.pooling_kernel_size,
+            allow_files=allow_files,
             allow_urls=allow_urls,
         )
 
@@ -155,6 +170,7 @@ class Processor:
         *,
         frames: int | None = None,
         fps: float | None = None,
+        allow_files: bool = True,
         allow_urls: bool = False,
     ) -> PreparedVideo:
         """A video that Pillow can play (GIF, WebP, APNG, AVIF), or a list of images, as frames and their times.
@@ -173,6 +189,7 @@ class Processor:
             fps=fps,
             patch_size=vision.patch_size,
             pooling=vision.pooling_kernel_size,
+            allow_files=allow_files,
             allow_urls=allow_urls,
         )
 
@@ -237,9 +254,11 @@ class Processor:
         return self._config.vision
 
     def _prepare_pictures(
-        self, sources: list[Any], images: Sequence[Any], budget: int | None, allow_urls: bool
+        self, sources: list[Any], images: Sequence[Any], budget: int | None, allow_files: bool, allow_urls: bool
     ) -> list[PreparedImage | PreparedVideo]:
-        """What every image or video part shows: its own source, else the next of `images`. Raises PromptError."""
+        """Prepare what every image or video part shows: its own source, else the next of `images`. Raises
+        PromptError.
+        """
         empty = sum(source is None for source in sources)
         if empty != len(images):
             raise PromptError(
@@ -247,10 +266,11 @@ class Processor:
                 'give one image for every {"type": "image"} part of the messages.'
             )
         rest = iter(images)
+        allowed = {"allow_files": allow_files, "allow_urls": allow_urls}
         return [
-            self.prepare_video(source.source, frames=source.frames, fps=source.fps, allow_urls=allow_urls)
+            self.prepare_video(source.source, frames=source.frames, fps=source.fps, **allowed)
             if isinstance(source, VideoPart)
-            else self.prepare_image(next(rest) if source is None else source, budget=budget, allow_urls=allow_urls)
+            else self.prepare_image(next(rest) if source is None else source, budget=budget, **allowed)
             for source in sources
         ]
 
@@ -288,7 +308,7 @@ def _expand_pictures(text: str, pictures: Sequence[PreparedImage | PreparedVideo
     """Make room: every place holder in `text` becomes what its image or video needs. Raises PromptError."""
     if not pictures:
         return text
-    pieces = text.split(IMAGE)
+    pieces = text.split(IMAGE_TOKEN)
     if len(pieces) <= len(pictures):
         raise PromptError(
             f"The checkpoint's chat template shows {len(pieces) - 1} of the {len(pictures)} images and videos in the "
@@ -297,7 +317,7 @@ def _expand_pictures(text: str, pictures: Sequence[PreparedImage | PreparedVideo
     if len(pieces) > len(pictures) + 1:
         raise PromptError(
             f"The prompt has {len(pieces) - 1} places, and images and videos for {len(pictures)}; "
-            f"leave {IMAGE} out of its text."
+            f"leave {IMAGE_TOKEN} out of its text."
         )
     return pieces[0] + "".join(_room(picture) + piece for picture, piece in zip(pictures, pieces[1:], strict=True))
 
@@ -306,7 +326,7 @@ def _room(picture: PreparedImage | PreparedVideo) -> str:
     """As many place holders as there are soft tokens, and around them what Gemma reads with them."""
     from .images import PreparedVideo, video_text
 
-    rooms = [f"{IMAGE_BEGIN}{IMAGE * image.soft_tokens}{IMAGE_END}" for image in _images(picture)]
+    rooms = [f"{IMAGE_BEGIN}{IMAGE_TOKEN * image.soft_tokens}{IMAGE_END}" for image in _images(picture)]
     return video_text(picture.times, rooms) if isinstance(picture, PreparedVideo) else rooms[0]
 
 
