@@ -24,7 +24,7 @@ from mlx_diffusiongemma import (
     load,
 )
 from mlx_diffusiongemma.checkpoints.safetensors import write_header
-from mlx_diffusiongemma.events import Done, Draft
+from mlx_diffusiongemma.events import Commit, Done, Draft
 from mlx_diffusiongemma.generation.session_file import read_session, write_session
 from mlx_diffusiongemma.model.cache import Cache
 from mlx_diffusiongemma.processing.images import PreparedImage
@@ -108,9 +108,8 @@ def test_images_are_prepared_once_and_stay_in_the_conversation(chat):
 
 
 def test_tool_calls_come_back_with_their_results(demo):
-    question = {"role": "user", "content": "weather in oslo"}
     chat = ChatSession(*demo, tools=[weather], options=OPTIONS)
-    chat._turns = (question, {"role": "assistant", "content": "", "tool_calls": [call("weather", city="oslo")]})
+    chat._turns = (asking(), {"role": "assistant", "content": "", "tool_calls": [call("weather", city="oslo")]})
     assert chat.tool_calls == [ToolCall("weather", {"city": "oslo"})] and chat.tool_calls[0].id == "call_1"
     with pytest.raises(PromptError, match="send_tool_results"):
         chat.send("never mind")
@@ -127,6 +126,10 @@ def test_tool_calls_come_back_with_their_results(demo):
     assert chat.messages == []
     with pytest.raises(PromptError, match="called 0 tools"):
         chat.send_tool_results(["sunny"])
+
+
+def asking() -> dict:
+    return {"role": "user", "content": "weather in oslo"}
 
 
 def call(name: str, **arguments: str) -> dict:
@@ -242,6 +245,7 @@ def test_a_turn_that_does_not_end_leaves_the_session_as_it_was(chat, way, monkey
         monkeypatch.undo()
     else:
         next(event for event in events if isinstance(event, Draft))
+        assert not issubclass(BusyError, PromptError)
         with pytest.raises(BusyError, match="busy"):
             chat.send("sort 97")
         with pytest.raises(BusyError, match="busy"):
@@ -284,12 +288,111 @@ def test_a_turn_is_over_when_done_is_seen(chat):
     assert chat.messages[-1]["content"] == "12345"
 
 
-def test_a_reply_asked_for_before_another_is_refused(chat):
+def restore_what_it_was(chat, path):
+    chat.save(path)
+    chat.restore(path)
+
+
+def undo_and_say_again(chat, path):
+    [question] = [message["content"] for message in chat.messages if message["role"] == "user"]
+    chat.undo()
+    chat.ask(question)
+
+
+CHANGES = {
+    "another turn": lambda chat, path: chat.ask("sort 97"),
+    "reset": lambda chat, path: chat.reset(),
+    "restore": restore_what_it_was,
+    "undo": lambda chat, path: chat.undo(),
+    "undo, and say again": undo_and_say_again,
+}
+
+
+@pytest.mark.parametrize("turns", [0, 1])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_reply_asked_for_in_an_earlier_conversation_is_refused(chat, change, turns, tmp_path):
+    """Even where nothing is to be seen of the change."""
+    if "undo" in change and not turns:
+        pytest.skip("nothing to undo")
+    for _ in range(turns):
+        chat.ask("count from 17")
+    early = [chat.send("sort 53142") for _ in range(2)]
+    CHANGES[change](chat, tmp_path / "chat")
+    history, held = chat.messages, chat._cache.offset
+    for events in early:
+        with pytest.raises(PromptError, match="send it again"):
+            next(events)
+        assert list(events) == []
+    assert chat.messages == history and chat._cache.offset == held
+    asked = {"role": "user", "content": "sort 53142"}
+    assert chat.ask("sort 53142").tokens == fresh(chat, [*history, asked]).tokens
+
+
+def test_a_reply_is_not_refused_where_nothing_has_changed(chat, tmp_path):
     early = chat.send("sort 53142")
-    chat.ask("sort 97")
-    with pytest.raises(PromptError, match="send it again"):
+    with pytest.raises(PromptError, match="no turn to undo"):
+        chat.undo()
+    with pytest.raises(PromptError, match="no file"):
+        chat.restore(tmp_path / "missing")
+    with pytest.raises(PromptError):
+        chat.send(None)
+    chat.save(tmp_path / "chat")
+    other = chat.send("sort 97")
+    next(event for event in other if isinstance(event, Draft))
+    with pytest.raises(BusyError, match="busy"):
         next(early)
-    assert len(chat.messages) == 2
+    other.close()
+    early = chat.send("sort 53142")
+    assert collect(early).text == "12345" and len(chat.messages) == 2
+
+
+def test_nobody_else_holds_a_part_of_the_conversation(demo, monkeypatch):
+    chat = ChatSession(*demo, "be brief", [weather], options=OPTIONS)
+    call = ("tool_call", 'call:weather{city:"lima",days:[1,{x:2}]}')
+    monkeypatch.setattr(chat.processor, "reply_parser", replying(("thinking", "hm"), call))
+    events = []
+    for event in chat.send("?", [Image.new("RGB", (96, 96), "red")]):
+        if isinstance(event, Commit):
+            spoil([event.parts, event.tokens, event.tool_calls, *(made.arguments for made in event.tool_calls)])
+        events.append(event)
+    before = chat.messages
+    function = {"name": "weather", "arguments": {"city": "lima", "days": [1, {"x": 2}]}}
+    assert before[2]["tool_calls"] == [{"id": "call_1", "type": "function", "function": function}]
+    given = {"sky": ["sun", {"t": 21}]}
+    chat.send_tool_results([given])  # a reply that nobody reads
+    results = chat.send_tool_results([given])
+    spoil([given, *(made.arguments for made in chat.tool_calls), chat.messages])
+    collect(results)
+    assert chat.messages[:3] == before and chat.messages[3]["content"] == {"sky": ["sun", {"t": 21}]}
+    for message in chat.messages:
+        spoil([message])
+    assert chat.messages[:3] == before and chat.messages[1]["content"][0]["image"] is before[1]["content"][0]["image"]
+
+
+def spoil(values):
+    """Empty every list and mapping in `values`, however deep."""
+    for value in values:
+        if isinstance(value, list | dict):
+            spoil(list(value.values() if isinstance(value, dict) else value))
+            value.clear()
+
+
+def test_a_tools_result_is_not_too_deep(demo):
+    chat = ChatSession(*demo, tools=[weather], options=OPTIONS)
+    chat._turns = (asking(), {"role": "assistant", "content": "", "tool_calls": [call("weather", city="oslo")]})
+    deep = nested(64)
+    for refused in (nested(65), nested(900), {"x": deep}, {1: [deep]}):
+        with pytest.raises(PromptError, match=r"levels deep|as JSON"):
+            chat.send_tool_results([refused])
+    deep["circle"] = deep
+    with pytest.raises(PromptError, match="as JSON"):
+        chat.send_tool_results([deep])
+    collect(chat.send_tool_results([nested(64)]))
+    assert chat.messages[2]["content"] == nested(64)
+
+
+def nested(levels):
+    return {"x": nested(levels - 1)} if levels else 1
 
 
 def test_a_session_crosses_threads(chat):

@@ -17,7 +17,7 @@ from golden.make_vision import picture
 from PIL import Image
 from templates import demo_processor
 
-from mlx_diffusiongemma import PromptError
+from mlx_diffusiongemma import ChatSession, GenerationOptions, PromptError, load
 from mlx_diffusiongemma.processing import sources
 from mlx_diffusiongemma.processing.images import load_image, prepare_image, prepare_video, sample_video
 
@@ -231,6 +231,31 @@ def test_what_errors_repeat_draws_nothing_on_a_terminal():
             with pytest.raises(PromptError) as caught:
                 load_image(name, allow_files=allowed)
             assert str(caught.value).isprintable()
+
+
+@pytest.fixture(scope="module")
+def demo(demo_float32):
+    return load(demo_float32)
+
+
+def test_a_session_applies_it_to_all_that_a_turn_names(demo, paths, watched):
+    options = GenerationOptions(seed=0, max_tokens=32, max_steps=2)
+    chat = ChatSession(*demo, options=options, allow_files=False)
+    for path in paths:
+        for images, videos in (([path], []), ([Named(path)], []), ([], [Path(path)]), ([], [[PNG, f"file://{path}"]])):
+            with pytest.raises(PromptError, match="no files are read here"):
+                chat.send("?", images, videos)
+        with pytest.raises(PromptError, match="text"):
+            chat.send([{"type": "image", "image": path}])
+    with pytest.raises(PromptError, match="nothing is downloaded here"):
+        chat.ask("?", ["https://localhost/a.png"])
+    assert chat.messages == [] and watched == []
+    chat.ask("?", [DATA_URL], [[PNG]])
+    chat.allow_files = True
+    chat.ask("?", [paths[0]])
+    assert len(chat.messages) == 4 and paths[0] in watched
+    with pytest.raises(PromptError, match="allow_urls"):
+        chat.ask("?", ["https://localhost/a.png"])
 
 
 ELSEWHERE = {"/away": "/cat.png", "/file": "file:///etc/hostname", "/ftp": "ftp://127.0.0.1:1/cat.png"}
