@@ -93,12 +93,33 @@ def prepare_video(
     return PreparedVideo(*zip(*prepared, strict=True))
 
 
+def image_of_patches(pixels: np.ndarray, positions: np.ndarray, *, patch_size: int, pooling: int) -> PreparedImage:
+    """Put a prepared image together again from its two arrays. Raises ValueError where no image has such."""
+    if pixels.ndim != 2 or pixels.shape[1] != 3 * patch_size**2 or positions.shape != (len(pixels), 2):
+        raise ValueError("the arrays of an image have other shapes than patches have")
+    if not len(pixels) or not np.all((pixels >= 0) & (pixels <= 1)):  # which what is not a number is not either
+        raise ValueError("an image has no pixels, or some that are not from 0 to 1")
+    columns, rows = (int(last) + 1 for last in positions.max(axis=0))
+    if columns * rows != len(pixels) or columns % pooling or rows % pooling:
+        raise ValueError("the patches of an image form no grid")
+    raster = np.rint(pixels * 255).astype(np.uint8).reshape(rows, columns, patch_size, patch_size, 3)
+    image = _in_patches(raster.swapaxes(1, 2).reshape(rows * patch_size, -1, 3), patch_size, pooling)
+    if not np.array_equal(image.positions, positions) or not np.array_equal(image.pixels, pixels):
+        raise ValueError("the patches of an image are not in order, or have colors that no picture has")
+    return image
+
+
 def _cut(picture: Image.Image, budget: int, patch_size: int, pooling: int) -> PreparedImage:
-    """An upright RGB picture, resized and in patches."""
-    width, height = resized_size(*picture.size, budget=budget, patch_size=patch_size, pooling=pooling)
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    raster = np.asarray(picture)
+    """Resize an upright RGB picture and cut it into patches."""
+    size = resized_size(*picture.size, budget=budget, patch_size=patch_size, pooling=pooling)
+    if picture.size != size:
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+    return _in_patches(np.asarray(picture), patch_size, pooling)
+
+
+def _in_patches(raster: np.ndarray, patch_size: int, pooling: int) -> PreparedImage:
+    """Cut a picture [height, width, 3] of bytes, whose sides are multiples of patch_size * pooling, into patches."""
+    height, width, _ = raster.shape
     columns, rows = width // patch_size, height // patch_size
     patches = raster.reshape(rows, patch_size, columns, patch_size, 3).swapaxes(1, 2).reshape(rows * columns, -1)
     y, x = np.divmod(np.arange(rows * columns, dtype=np.int32), np.int32(columns))
