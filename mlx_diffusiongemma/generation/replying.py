@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ def stream(
     max_tokens: int | None = None,
     seed: int | None = None,
     cancel: threading.Event | None = None,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Generate a reply and report it as it forms: `Prefill`s, then `Draft`s and a `Commit` per canvas, then `Done`.
 
     prompt: a string (one user turn), chat messages, token ids or a `Prompt`. images, tools, thinking: see
@@ -312,7 +312,7 @@ class _Batch:
             row.finish_reason = row.finish_reason or "cancelled"
 
 
-def _events(batch: _Batch) -> Iterator[Event]:
+def _events(batch: _Batch) -> Generator[Event, None, None]:
     """Those of a batch of one row."""
     with closing(batch.run()) as events:
         for _, event in events:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -81,7 +81,7 @@ class ChatSession:
         videos: Sequence[VideoSource | PreparedVideo] = (),
         *,
         cancel: threading.Event | None = None,
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Take the user's turn; its events are those of the reply, as `stream` gives them.
 
         images, videos: come before the text, in this order; `processor.prepare_video` makes a video with fewer frames
@@ -105,7 +105,9 @@ class ChatSession:
         """Take the user's turn and wait for the whole reply: `send`, to its end."""
         return collect(self.send(text, images, videos, cancel=cancel))
 
-    def send_tool_results(self, results: Sequence[Any], *, cancel: threading.Event | None = None) -> Iterator[Event]:
+    def send_tool_results(
+        self, results: Sequence[Any], *, cancel: threading.Event | None = None
+    ) -> Generator[Event, None, None]:
         """Give the model what its tools gave, a result for each of `tool_calls` in order; events are as in `send`.
 
         A result is text, a number, a mapping or whatever else JSON can hold. Raises PromptError.
@@ -144,8 +146,8 @@ class ChatSession:
             write_session(path, self.model, conversation, self._read_so_far())
 
     def _read_so_far(self) -> Cache:
-        """The part of the cache that belongs to the conversation: nothing of turns that were undone, nor of the last
-        reply, which was read as it was drafted and not as history has it.
+        """Copy the part of the cache that belongs to the conversation: nothing of turns that were undone, nor of the
+        last reply, which was read as it was drafted and not as history has it.
         """
         cache, messages = self._cache.fork(), self._history()
         while messages and messages[-1]["role"] == "assistant":
@@ -166,7 +168,7 @@ class ChatSession:
             self._become(tuple(conversation["messages"]), cache)
 
     def _history(self) -> list[dict[str, Any]]:
-        """The session's own messages, which no caller may hold."""
+        """List the session's own messages, which no caller may hold."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, *self._turns]
 
@@ -179,13 +181,15 @@ class ChatSession:
             allow_urls=self.allow_urls,
         )
 
-    def _turn(self, new: list[dict[str, Any]], cancel: threading.Event | None) -> Iterator[Event]:
-        """Check what `new` messages add; the events are those of the reply, ready to run."""
+    def _turn(self, new: list[dict[str, Any]], cancel: threading.Event | None) -> Generator[Event, None, None]:
+        """Check a turn's `new` messages and prepare the reply to them; reading its events computes it."""
         prompt = self._prompt([*self._history(), *new])
         events = stream(self.model, self.processor, prompt, options=self.options, cache=self._cache, cancel=cancel)
         return self._run(events, (*self._turns, *new), self._changes)
 
-    def _run(self, events: Iterator[Event], asked: tuple[dict[str, Any], ...], changes: int) -> Iterator[Event]:
+    def _run(
+        self, events: Generator[Event, None, None], asked: tuple[dict[str, Any], ...], changes: int
+    ) -> Generator[Event, None, None]:
         """Pass the reply's events on. Once it is done, the conversation is what was `asked`, and the reply.
 
         changes: how many there were when it was asked. With any since, `events` would write to a cache, and the reply
@@ -231,8 +235,8 @@ def _assistant_message(reply: Result) -> dict[str, Any]:
 
 
 def _tool_content(result: Any) -> Any:
-    """A tool's result as a message's content: a mapping as JSON reads it, so that nobody else holds a part of it.
-    Raises PromptError.
+    """Make a message's content of a tool's result: of a mapping what JSON reads, so that nobody else holds a part of
+    it. Raises PromptError.
     """
     if result is None or isinstance(result, str | bool | int | float):
         return result
@@ -253,7 +257,7 @@ def _is_deeper(value: Any, levels: int) -> bool:
 
 
 def _copied(value: Any) -> Any:
-    """A copy of a message or a part of it. Prepared pictures are large and never change."""
+    """Copy a message or a part of it, but not prepared pictures, which are large and never change."""
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
     return [_copied(item) for item in value] if isinstance(value, list) else value

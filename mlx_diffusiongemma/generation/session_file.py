@@ -98,8 +98,8 @@ def read_session(path: str | Path, model: DiffusionGemma) -> tuple[dict[str, Any
 
 
 def _checked_conversation(conversation: dict[str, Any], arrays: Arrays, vision: VisionConfig | None) -> dict[str, Any]:
-    """The conversation that a file's JSON and arrays hold. Raises ValueError and its kin, and PromptError, where they
-    hold none that a session can go on with.
+    """Put the conversation together that a file's JSON and arrays hold. Raises PromptError, ValueError and its kin
+    where they hold none that a session can go on with.
     """
     system, thinking = conversation["system"], conversation["thinking"]
     if not isinstance(system, str | None) or not isinstance(thinking, bool):
@@ -117,15 +117,17 @@ def _checked_conversation(conversation: dict[str, Any], arrays: Arrays, vision: 
 
 
 def _checked(path: str | Path) -> Path:
-    """Raises PromptError where `path` cannot be one."""
+    """Make sure that `path` can be one. Raises PromptError."""
     if not isinstance(path, str | os.PathLike) or "\0" in os.fspath(path):
         raise PromptError(f"{str(path)!r} is not the path of a file; give one as text.")
     return Path(path)
 
 
 def fingerprint(model: DiffusionGemma) -> str:
-    """What tells this checkpoint from others: its configuration, and samples of every weight of the text model."""
-    weights = sorted(tree_flatten(model.parameters()))
+    """Hash what tells this checkpoint from others: its configuration, and samples of every weight."""
+    parameters: Arrays = {}
+    tree_flatten(model.parameters(), destination=parameters)
+    weights = sorted(parameters.items())
     samples = [array.reshape(-1)[:: max(array.size // SAMPLES, 1)].astype(mx.float32) for _, array in weights]
     mx.eval(samples)
     digest = hashlib.sha256(repr(model.config).encode())
@@ -135,12 +137,13 @@ def fingerprint(model: DiffusionGemma) -> str:
 
 
 def _read(path: Path) -> tuple[Arrays, dict[str, str]]:
-    """The arrays, in memory, and the metadata of a safetensors file. Raises CheckpointError."""
+    """Read the arrays, into memory, and the metadata of a safetensors file. Raises CheckpointError."""
     from ..checkpoints.safetensors import read_header  # which looks closer than MLX's own reader
 
     try:
         read_header(path)
-        arrays, metadata = mx.load(str(path), format="safetensors", return_metadata=True)
+        loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)  # typed for all formats at once
+        arrays, metadata = loaded
         mx.eval(arrays)
     except (CheckpointError, RuntimeError, ValueError):
         raise CheckpointError(
@@ -158,7 +161,9 @@ def _checksum(arrays: Arrays, text: str) -> str:
 
 
 def _picture_as_json(value: Any, images: list[PreparedImage]) -> dict[str, Any]:
-    """What stands in JSON for a prepared image, which goes into `images`, or video. Raises TypeError for all else."""
+    """Write what stands in JSON for a prepared image, which goes into `images`, or a prepared video. Raises TypeError
+    for all else.
+    """
     if isinstance(value, PreparedVideo):
         return {VIDEO_KEY: value.frames, "times": value.times}
     if not isinstance(value, PreparedImage):
@@ -168,8 +173,8 @@ def _picture_as_json(value: Any, images: list[PreparedImage]) -> dict[str, Any]:
 
 
 def _with_pictures(message: dict[str, Any], arrays: Arrays, vision: VisionConfig | None) -> dict[str, Any]:
-    """A message with its prepared images and videos. They are looked for in its parts alone: what a tool answered, or
-    is called with, may look like anything.
+    """Put prepared images and videos back into a message. They are looked for in its parts alone: what a tool
+    answered, or is called with, may look like anything.
     """
     if not isinstance(message.get("content"), list):
         return message
@@ -180,7 +185,9 @@ def _with_pictures(message: dict[str, Any], arrays: Arrays, vision: VisionConfig
 
 
 def _picture_from_json(value: Any, arrays: Arrays, vision: VisionConfig | None) -> Any:
-    """The prepared image or video that `value` stands for, if it does, else `value`. Raises ValueError, KeyError."""
+    """Make the prepared image or video that `value` stands for; other values stay what they are. Raises ValueError and
+    its kin.
+    """
     if not isinstance(value, dict) or not {IMAGE_KEY, VIDEO_KEY} & value.keys():
         return value
     if vision is None:

@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -132,8 +133,8 @@ def _in_patches(raster: np.ndarray, patch_size: int, pooling: int) -> PreparedIm
 
 
 def resized_size(width: int, height: int, *, budget: int, patch_size: int = 16, pooling: int = 3) -> tuple[int, int]:
-    """The (width, height) in pixels that a picture of this size is resized to: both multiples of
-    patch_size * pooling, of at most `budget` such squares (`get_aspect_ratio_preserving_size`).
+    """Choose the (width, height) in pixels that a picture is resized to: both multiples of patch_size * pooling, of
+    at most `budget` such squares, and about as long as wide as it was (`get_aspect_ratio_preserving_size`).
     """
     square = patch_size * pooling
     factor = math.sqrt(budget * square**2 / (width * height))
@@ -185,32 +186,33 @@ def sample_video(
     elif isinstance(source, str | os.PathLike | bytes):
         with opened(source, MOVING, allow_files=allow_files, allow_urls=allow_urls) as image:
             yield from _sample_animation(image, frames)
-    elif not isinstance(source, Sequence):
+    elif not isinstance(source, Sequence) or isinstance(source, bytearray | memoryview):
         raise PromptError(
             f"A video is a path, a file's bytes, a Pillow image or a list of frames, not a {type(source).__name__}."
         )
     elif not source:
         raise PromptError("The video has no frames; give at least one.")
     else:
-        for place in _evenly_spaced(frames, len(source)):
-            yield load_image(source[place], allow_files=allow_files, allow_urls=allow_urls), place / fps
+        pictures: Sequence[Any] = source  # each is checked when it is read
+        for place in _evenly_spaced(frames, len(pictures)):
+            yield load_image(pictures[place], allow_files=allow_files, allow_urls=allow_urls), place / fps
 
 
 def timestamp(seconds: float) -> str:
-    """A frame's time as Gemma reads it: mm:ss, rounded down."""
+    """Write a frame's time as Gemma reads it: mm:ss, rounded down."""
     return f"{int(seconds // 60):02d}:{int(seconds % 60):02d}"
 
 
 def video_text(times: Sequence[float], frames: Sequence[str]) -> str:
-    """The prompt text of a video: when each frame is shown, in seconds, then the frame's own text
-    (`Gemma4Processor.replace_video_token`).
+    """Write what stands for a video in the prompt: when each frame is shown, then the frame's own text
+    (`Gemma4Processor.replace_video_token`). times: in seconds.
     """
     return " ".join(f"{timestamp(seconds)} {frame}" for seconds, frame in zip(times, frames, strict=True))
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    """`image` turned as its EXIF orientation says (`load_image`), transparency on white (`convert_to_rgb`), which
-    Transformers' loader would cut off before its processor sees it. Raises PromptError.
+    """Turn a picture as its EXIF orientation says (`load_image`) and put what is transparent on white
+    (`convert_to_rgb`), which Transformers' loader would cut off before its processor sees it. Raises PromptError.
     """
     _check_size(image)
     image = ImageOps.exif_transpose(image)

@@ -41,7 +41,7 @@ _DAMAGED = (
 
 @dataclass(frozen=True)
 class Kind:
-    """What a source is taken for: how errors call it, and what they ask for instead of a file that is none."""
+    """A kind of picture: how errors call it, and what they ask for instead of a file that is none."""
 
     name: str
     instead: str
@@ -67,8 +67,8 @@ def opened(
 
 
 def _found(source: str | os.PathLike[str] | bytes, allow_files: bool, allow_urls: bool) -> tuple[str, str | io.BytesIO]:
-    """What errors call `source`, and what Pillow can open: a path, or the content of what is no file of this machine.
-    Raises PromptError.
+    """Look for a source where it says that it is. Returns what errors call it, and what Pillow can open: a path, or the
+    content of what is no file of this machine. Raises PromptError.
     """
     if isinstance(source, bytes):
         return "The file", io.BytesIO(source)
@@ -91,7 +91,7 @@ def _found(source: str | os.PathLike[str] | bytes, allow_files: bool, allow_urls
 
 
 def _decode_data_url(url: str) -> bytes:
-    """The content of a `data:` URL (RFC 2397), base64 or percent-encoded. Raises PromptError."""
+    """Decode the content of a `data:` URL (RFC 2397), base64 or percent-encoded. Raises PromptError."""
     header, comma, payload = url.partition(",")
     if not comma:
         raise PromptError("The data: URL has no comma before its content; write data:image/png;base64,…")
@@ -107,7 +107,7 @@ def _decode_data_url(url: str) -> bytes:
 
 
 def _download(url: str) -> bytes:
-    """The content at an http(s) URL, within the limits on size and time. Raises PromptError."""
+    """Download the content at an http(s) URL, within the limits on size and time. Raises PromptError."""
     deadline = time.monotonic() + DOWNLOAD_SECONDS
     content = bytearray()
     try:
@@ -127,7 +127,7 @@ def _download(url: str) -> bytes:
 
 
 def _http_opener() -> urllib.request.OpenerDirector:
-    """An opener that knows http and https alone: urllib's own would follow a redirection to ftp."""
+    """Make an opener that knows http and https alone: urllib's own would follow a redirection to ftp."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler,
@@ -159,6 +159,6 @@ def one_sentence(name: str, kind: Kind) -> Iterator[None]:
 
 
 def shortened(text: str, longest: int = 120) -> str:
-    """Text from elsewhere as it fits a sentence: the beginning of a long one, and nothing that a terminal obeys."""
+    """Fit text from elsewhere into a sentence: the beginning of a long one, and nothing that a terminal obeys."""
     text = text if len(text) <= longest else f"{text[: longest - 1]}…"
     return "".join(character if character.isprintable() else "\ufffd" for character in text)

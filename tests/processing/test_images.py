@@ -301,7 +301,7 @@ def test_videos_that_cannot_be(monkeypatch):
     for nothing in ([], ()):
         with pytest.raises(PromptError, match="no frames"):
             prepare_video(nothing)
-    for odd in ({animation()}, {"path": "a.gif"}, iter([animation()])):
+    for odd in ({animation()}, {"path": "a.gif"}, iter([animation()]), bytearray(animation())):
         with pytest.raises(PromptError, match="or a list of frames, not a"):
             prepare_video(odd)
     whole = animation()
