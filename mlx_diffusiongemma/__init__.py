@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from .filling.forms import Choice, Digits, Form, Text, fill
     from .filling.infilling import Hole, Infilled, infill
     from .filling.search import Attempt
+    from .generation.batch import generate_batch
     from .generation.canvas import Canvas
-    from .generation.replying import collect, generate, generate_batch, stream
+    from .generation.replying import collect, generate, stream
     from .generation.session import ChatSession
     from .options import MODES, GenerationOptions
     from .processing.processor import Processor, Prompt
@@ -50,7 +51,8 @@ _HOMES = {
     "processing.processor": ("Processor", "Prompt"),
     "checkpoints.loading": ("load",),
     "generation.canvas": ("Canvas",),
-    "generation.replying": ("collect", "generate", "generate_batch", "stream"),
+    "generation.batch": ("generate_batch",),
+    "generation.replying": ("collect", "generate", "stream"),
     "generation.session": ("ChatSession",),
     "filling.choosing": ("choose",),
     "filling.editing": ("Edited", "edit"),

@@ -125,11 +125,15 @@ class Stats:
 
 @dataclass(frozen=True)
 class Done:
-    """The last event of a request. `note` is a sentence for the user where the reply says nothing, and why."""
+    """The last event of a request.
+
+    note: a sentence for the user where the reply says nothing, and why. seed: the one that gives this reply again.
+    """
 
     finish_reason: FinishReason
     stats: Stats
     note: str = ""
+    seed: int | None = None
 
 
 Event = Prefill | Draft | Commit | Done
@@ -137,7 +141,10 @@ Event = Prefill | Draft | Commit | Done
 
 @dataclass(frozen=True)
 class Result:
-    """A whole reply. `print(result)` prints its text; `note` is `Done`'s."""
+    """A whole reply. `print(result)` prints its text.
+
+    note, seed: see `Done`. index: in a batch, the place of its prompt.
+    """
 
     text: str
     thinking: str = ""
@@ -146,6 +153,8 @@ class Result:
     finish_reason: FinishReason = "stop"
     stats: Stats = field(default_factory=Stats)
     note: str = ""
+    seed: int | None = None
+    index: int = 0
 
     def __str__(self) -> str:
         return self.text

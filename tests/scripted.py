@@ -7,35 +7,58 @@ from types import SimpleNamespace
 
 import mlx.core as mx
 
+from mlx_diffusiongemma.config import FULL, LayerConfig, ModelConfig, TextConfig
 from mlx_diffusiongemma.events import Reply
 from mlx_diffusiongemma.model import vocabulary
 from mlx_diffusiongemma.options import GenerationOptions
 
 VOCABULARY = 128
 END = 1
+SIZES = (
+    *("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads"),
+    *("num_experts", "top_k_experts", "sliding_window"),
+)
 
 
 class ScriptedCache:
-    """Remembers what it was asked; a prefix is the list of tokens it was given."""
+    """Remembers what it was asked; a prefix is the list of tokens it was given.
 
-    def __init__(self) -> None:
+    number: which row of a script is its own; None where it has all of them.
+    """
+
+    def __init__(self, number: int | None = None) -> None:
+        self.number = number
         self.offset = 0
+        self.labels: list[int] = []
         self.encoded: list[list[list[int]]] = []
-        self.settled = self.released = 0
+        self.settled = self.released = self.rows = self.most_rows = 0
 
     def settle(self) -> None:
         self.settled += 1
+        self.most_rows = max(self.most_rows, self.rows)
 
     def release(self) -> None:
         self.released += 1
 
+    def rewind(self, tokens: int) -> int:
+        return self.offset
+
+    def snapshot(self) -> None:
+        pass
+
 
 class ScriptedModel:
-    """`script[n]` are the logits [B, L, V] that the n-th denoising step finds; the last one repeats."""
+    """`script[n]` are the logits [B, L, V] that the n-th denoising step finds; the last one repeats.
+
+    Each cache that the model makes gets a row of the script, and is at as many steps as were settled in it.
+    """
 
     def __init__(self, script: list[mx.array], canvas_length: int, context: int = 4096):
-        text = SimpleNamespace(vocab_size=VOCABULARY, max_position_embeddings=context)
-        self.config = SimpleNamespace(canvas_length=canvas_length, text=text)
+        sizes = dict.fromkeys(SIZES, 1)
+        layer = LayerConfig(FULL, head_dim=1, num_key_value_heads=1)
+        text = TextConfig(VOCABULARY, **sizes, layers=(layer,), rope_parameters={}, max_position_embeddings=context)
+        self.config = ModelConfig(text, None, canvas_length)
+        self.dtype = mx.float32
         self.options = GenerationOptions(
             max_steps=8,
             entropy_bound=0.1,
@@ -53,9 +76,25 @@ class ScriptedModel:
         self.draws: list[bool] = []
         self.caches: list[ScriptedCache] = []
 
-    def make_cache(self) -> ScriptedCache:
-        self.caches.append(ScriptedCache())
+    @property
+    def rows_settled(self) -> int:
+        """How many rows all steps computed that were not only prepared."""
+        return sum(cache.settled for cache in self.caches)
+
+    @property
+    def most_rows(self) -> int:
+        """Of one step."""
+        return max(cache.most_rows for cache in self.caches)
+
+    def parameters(self):
+        return {}
+
+    def make_cache(self, snapshot_bytes: int = 0) -> ScriptedCache:
+        self.caches.append(ScriptedCache(len(self.caches)))
         return self.caches[-1]
+
+    def labels(self, tokens, images=()):
+        return list(tokens)
 
     def encode(self, tokens, cache, images=None, lengths=None):
         cache.encoded.append(tokens.tolist())
@@ -67,15 +106,20 @@ class ScriptedModel:
         yield tokens.shape[1]
 
     def denoise(self, canvas, cache, self_conditioning=None):
-        step = len(self.canvases)
         self.canvases.append(canvas)
+        for own in getattr(cache, "caches", [cache]):
+            own.rows = canvas.shape[0]
         self.conditions.append(self_conditioning)
-        return self.script[min(step, len(self.script) - 1)]
+        return mx.concatenate([self._found(own) for own in getattr(cache, "caches", [cache])])
+
+    def _found(self, cache):
+        logits = self.script[min(cache.settled, len(self.script) - 1)]
+        return logits if cache.number is None else logits[min(cache.number, len(logits) - 1)][None]
 
     def read_vocabulary(self, hidden, temperature, key=None):
         self.temperatures.append(temperature)
         self.draws.append(key is not None)
-        processed = hidden / temperature
+        processed = hidden / (temperature[:, None, None] if isinstance(temperature, mx.array) else temperature)
         log_probabilities = processed - mx.logsumexp(processed, axis=-1, keepdims=True)
         entropy = -(mx.exp(log_probabilities) * log_probabilities).sum(-1)
         tokens = hidden.argmax(-1)

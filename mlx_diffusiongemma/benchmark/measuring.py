@@ -27,8 +27,9 @@ from ..convert.reading import remote as hub
 from ..errors import CheckpointError
 from ..events import Commit, Done
 from ..generation.canvas import Canvas
-from ..generation.denoising import CanvasRun
+from ..generation.denoising import Denoising, Job
 from ..generation.replying import stream
+from ..generation.sampling import Draws
 from ..paths import user_path
 from .ceilings import Ceilings, measure_ceilings
 from .step_profile import Component, measure_step
@@ -242,9 +243,10 @@ def measure_fixed(model: DiffusionGemma, cache: Cache, steps: int) -> FixedWork:
     """A canvas that is never sure enough to stop, after the cached prefix."""
     length = model.config.canvas_length
     options = replace(model.options, max_steps=steps, confidence=0.0, canvas_length=length)
-    start, vocabulary = Canvas([]).part(0, length), model.config.text.vocab_size
+    run = Denoising(model, options, model.config.text.vocab_size)
+    run.add(Job(Canvas([]).part(0, length), cache, Draws(seed=0)))
     started = time.perf_counter()
-    for _ in CanvasRun(model, cache, options, [start], vocabulary, seed=0).steps():
+    for _ in run.steps():
         pass
     return FixedWork(steps, time.perf_counter() - started, length)
 

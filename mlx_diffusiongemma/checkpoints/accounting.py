@@ -5,6 +5,7 @@ Shapes alone decide; nothing is loaded. Sizes are bytes, `item` is the bytes of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -71,6 +72,15 @@ def cache_bytes(config: ModelConfig, context: int, item: int = 2) -> int:
 def step_bytes(config: ModelConfig, context: int, item: int = 2) -> int:
     """The largest of what attention, the experts and the vocabulary hold at once."""
     return _step_bytes(config.text, 1, config.canvas_length, context, item)
+
+
+def batch_bytes(config: ModelConfig, contexts: Sequence[int], item: int = 2) -> int:
+    """Of several replies in flight, beside the weights: each one's cache, and a step of all canvases together.
+
+    contexts: for each reply, the most tokens that it will follow.
+    """
+    step = _step_bytes(config.text, len(contexts), config.canvas_length, max(contexts), item)
+    return sum(cache_bytes(config, context, item) for context in contexts) + step
 
 
 def rows_at_once(text: TextConfig, canvas: int, context: int, most: int, item: int = 2) -> int:

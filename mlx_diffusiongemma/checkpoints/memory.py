@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from pathlib import Path
+from typing import ClassVar
+from weakref import WeakSet
 
 import mlx.core as mx
 
@@ -53,3 +56,32 @@ def set_limits() -> None:
 
     mx.set_cache_limit(CACHE_LIMIT)
     maybe_set_recommended_wired_limit()
+
+
+class PeakMemory:
+    """The most bytes that MLX has held since this was made, also while other requests measure theirs.
+
+    MLX keeps one peak for the whole process. Who begins to measure resets it, and first lets all others take it in.
+    """
+
+    _measuring: ClassVar[WeakSet[PeakMemory]] = WeakSet()
+    _lock: ClassVar[threading.RLock] = threading.RLock()  # a request that is collected meanwhile stops its own
+
+    def __init__(self) -> None:
+        self._bytes = 0
+        with self._lock:
+            self._take_in()
+            mx.reset_peak_memory()
+            self._measuring.add(self)
+
+    def stop(self) -> int:
+        """The peak in bytes; what comes later is no part of it."""
+        with self._lock:
+            self._take_in()
+            self._measuring.discard(self)
+        return self._bytes
+
+    @classmethod
+    def _take_in(cls) -> None:
+        for own in list(cls._measuring):
+            own._bytes = max(own._bytes, mx.get_peak_memory())

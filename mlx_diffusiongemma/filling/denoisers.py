@@ -1,10 +1,10 @@
-"""Denoisers that stand in for the model: in a `CanvasRun` of more rows than fit memory at once, or where some positions
-can take certain tokens only.
+"""Denoisers that stand in for the model: for more canvases than fit memory at once, and for positions that can take
+certain tokens only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -13,7 +13,7 @@ from ..model import vocabulary
 from ..model.vocabulary import Reading
 
 if TYPE_CHECKING:
-    from ..generation.denoising import Denoiser
+    from ..generation.denoising import Denoiser, Job
     from ..model.cache import Cache
     from ..model.diffusion_gemma import DiffusionGemma
 
@@ -40,13 +40,14 @@ class InParts:
     def embed(self, tokens: mx.array) -> mx.array:
         return self.model.embed(tokens)
 
-    def read_vocabulary(self, hidden: mx.array, temperature: float, key: mx.array | None = None) -> Reading:
+    def read_vocabulary(self, hidden: mx.array, temperature: float | mx.array, key: mx.array | None = None) -> Reading:
         """As the model's. key: one per row, [B, 2], or none."""
         readings: list[Reading] = []
         for part in self._parts(hidden.shape[0]):
             before = [array for reading in readings[-1:] for array in reading if array is not None]
             own = mx.depends([hidden[part]], before)[0]
-            readings.append(self.model.read_vocabulary(own, temperature, None if key is None else key[part]))
+            heat = temperature[part] if isinstance(temperature, mx.array) else temperature
+            readings.append(self.model.read_vocabulary(own, heat, None if key is None else key[part]))
         columns = zip(*readings, strict=True)
         return Reading(*(None if arrays[0] is None else self._joined(arrays, hidden.shape[0]) for arrays in columns))
 
@@ -65,35 +66,34 @@ class InParts:
 
 
 class Restricted:
-    """`denoiser`, which computes as `model` does, where `allowed` [rows][positions] says what a position may hold.
+    """Reads the vocabulary where some positions may hold certain tokens only.
 
-    Argmax, sample, entropy and soft embedding of a restricted position are those of the model's distribution over its
-    allowed tokens. Meant for short lists of ids: their logits are computed at every position.
+    denoiser: computes all else as `model` does. allowed: for each canvas, what every position may hold. Argmax, sample,
+    entropy and soft embedding of a restricted position are those of the model's distribution over its allowed tokens.
+    Meant for short lists of ids: their logits are computed at every position.
     """
 
-    def __init__(self, model: DiffusionGemma, denoiser: Denoiser, allowed: Sequence[Sequence[Allowed]]):
-        self.model, self.denoiser = model, denoiser
-        kinds = dict.fromkeys(ids for row in allowed for ids in row if ids is not None)
-        self.kinds = [(mx.array(ids), mx.array([[own == ids for own in row] for row in allowed])) for ids in kinds]
+    def __init__(self, model: DiffusionGemma, denoiser: Denoiser, allowed: Mapping[Job, Sequence[Allowed]]):
+        self.model, self.denoiser, self.allowed = model, denoiser, allowed
+        kinds = dict.fromkeys(ids for row in allowed.values() for ids in row if ids is not None)
+        self.kinds = [(ids, mx.array(ids)) for ids in kinds]
 
-    def denoise(self, canvas: mx.array, cache: Cache, self_conditioning: mx.array | None = None) -> mx.array:
-        return self.denoiser.denoise(canvas, cache, self_conditioning)
-
-    def embed(self, tokens: mx.array) -> mx.array:
-        return self.model.embed(tokens)
-
-    def read_vocabulary(self, hidden: mx.array, temperature: float, key: mx.array | None = None) -> Reading:
-        """As the model's, with the restricted positions replaced."""
+    def read(
+        self, hidden: mx.array, temperature: float | mx.array, key: mx.array | None, jobs: Sequence[Job]
+    ) -> Reading:
+        """`read_vocabulary` of the canvases, with the restricted positions replaced."""
         reading = self.denoiser.read_vocabulary(hidden, temperature, key)
-        for ids, where in self.kinds:
-            reading = self._restrict(reading, hidden, temperature, key, ids, where)
+        heat = mx.array(temperature).reshape(-1, 1, 1)
+        for ids, array in self.kinds:
+            where = mx.array([[own == ids for own in self.allowed[job]] for job in jobs])
+            reading = self._restrict(reading, hidden, heat, key, array, where)
         return reading
 
     def _restrict(
         self,
         reading: Reading,
         hidden: mx.array,
-        temperature: float,
+        temperature: mx.array,
         key: mx.array | None,
         ids: mx.array,
         where: mx.array,

@@ -6,27 +6,28 @@ import difflib
 import math
 import random
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PromptError
-from ..events import Result
-from ..generation.replying import request_options
+from ..events import Event, Result
+from ..generation.request import make_request, request_options
 from ..options import GenerationOptions
 from .gaps import Filling, Gap, longest_gap, text_tokens
 from .infilling import reply_ending
 from .search import Attempt, GapFiller
 
 if TYPE_CHECKING:
+    from ..model.cache import Cache
     from ..model.diffusion_gemma import DiffusionGemma
     from ..processing.processor import Processor
 
 
 @dataclass(frozen=True)
 class Edited(Result):
-    """`text` is the whole text with the span written anew, or as it was where `finish_reason` is cancelled. diff:
-    unified, from the old text to the new.
+    """`text` is the whole text with the span written anew, or as it was where `finish_reason` is cancelled or length.
+    diff: unified, from the old text to the new.
 
     attempts: the lengths tried and their scores.
     """
@@ -44,15 +45,18 @@ def edit(
     strength: float = 0.7,
     options: GenerationOptions | None = None,
     *,
+    seed: int | None = None,
+    cache: Cache | None = None,
     cancel: threading.Event | None = None,
+    on_event: Callable[[Event], object] | None = None,
 ) -> Edited:
     """Rewrite the characters `span[0]` to `span[1]` (the one after the last) of `text`; nothing else changes.
 
     instruction: what to do. A string is one user turn, with the span below it; chat messages are sent as they are.
     The text is the model's reply, pinned but for the span, which starts from its own tokens. strength: the share of
     them that noise replaces, 0 (the text comes back as it is) to 1 (from noise). Besides the span's own length, some
-    shorter and longer ones are tried, as in `infill`. Setting `cancel` from any thread stops within one step.
-    Raises PromptError.
+    shorter and longer ones are tried, as in `infill`. cache, cancel, on_event: as in `infill`. Raises PromptError and
+    BusyError.
     """
     if not isinstance(text, str):
         raise PromptError(f"What to edit is a text, not a {type(text).__name__}.")
@@ -71,7 +75,7 @@ def edit(
         raise PromptError(f"strength is {strength!r}; give 0 (keep) to 1 (from noise).")
     if strength == 0:
         return Edited(text)
-    settings = request_options(model, options)
+    settings = request_options(model, options, seed=seed)
     own = text_tokens(processor, text[start:stop])
     longest = longest_gap(settings.canvas_length)
     if len(own) > longest:
@@ -80,24 +84,26 @@ def edit(
         instruction = f"{instruction}\n\n{text[start:stop]}"
     gap = Gap(tuple(_started(own, length, strength, settings.seed) for length in _lengths(len(own), longest)))
     segments = [text_tokens(processor, text[:start]), gap, text_tokens(processor, text[stop:])]
+    request = make_request(model, processor, instruction, options=settings, cache=cache, cancel=cancel)
     filler = GapFiller(
         model,
         processor,
-        processor.prompt(instruction),
+        request,
         [segment for segment in segments if segment],
         reply_ending(processor, is_reply=True),
-        settings,
+        [text[:start], processor.draft_text, text[stop:]],
         replies=True,
-        cancel=cancel,
+        on_event=on_event,
     )
     stats = filler.run()
-    written = [processor.draft_text(tokens) for tokens in filler.filled]  # one; none where cancelled
+    written = [processor.draft_text(tokens) for tokens in filler.filled]  # one; none where it was not finished
     new = text[:start] + "".join(written or [text[start:stop]]) + text[stop:]
     return Edited(
         text=new,
         tokens=filler.tokens,
         finish_reason=filler.finish_reason,
         stats=stats,
+        seed=settings.seed,
         diff=unified_diff(text, new),
         attempts=filler.attempts,
     )

@@ -5,20 +5,22 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..errors import PromptError
-from ..events import Result
-from ..generation.replying import request_options
+from ..events import Event, Result
+from ..generation.request import make_request, request_options
 from ..options import GenerationOptions
 from .gaps import Filling, Gap, Segment, lengths_up_to, most_tokens, text_tokens
 from .infilling import Instruction, reply_ending
-from .scoring import EMPTY_THOUGHT, Cancelled
+from .scoring import EMPTY_THOUGHT
 from .search import Attempt, GapFiller
 
 if TYPE_CHECKING:
+    from ..model.cache import Cache
     from ..model.diffusion_gemma import DiffusionGemma
     from ..processing.processor import Processor
 
@@ -57,7 +59,8 @@ Field = Choice | Digits | Text
 class Form(Result):
     """A filled template in `text`. values: what each field holds. confidence: 0 to 1 for each field: how probable the
     model finds its tokens, each with all others in place and itself left out (the geometric mean). attempts: what was
-    tried, and the scores. Cancelled (`finish_reason`), there is no text and there are no values: all come at once.
+    tried, and the scores. Where `finish_reason` is cancelled or
+    length there is no text and there are no values: all come at once.
     """
 
     values: dict[str, str] = field(default_factory=dict)
@@ -73,18 +76,20 @@ def fill(
     options: GenerationOptions | None = None,
     *,
     instruction: Instruction | None = None,
+    seed: int | None = None,
+    cache: Cache | None = None,
     cancel: threading.Event | None = None,
+    on_event: Callable[[Event], object] | None = None,
 ) -> Form:
     """Fill every `{{name}}` of `template` with what `fields[name]` allows, all on one canvas; the rest is pinned.
 
     instruction: what the form is about, as in `infill`, whose reply it is; without one the template is a document of
     its own. Every option of a Choice, and several lengths of the other fields, are tried as `infill` tries lengths.
-    Setting `cancel` from any thread stops within one step.
-    Raises PromptError.
+    cache, cancel, on_event: as in `infill`. Raises PromptError and BusyError.
     """
     if not isinstance(template, str) or not isinstance(fields, Mapping):
         raise PromptError("A form takes a template, which is a text, and its fields by name: {name: field}.")
-    settings = request_options(model, options)
+    settings = request_options(model, options, seed=seed)
     pieces = PLACE.split(template)  # text, name, text, …, text
     names = pieces[1::2]
     _check(names, fields)
@@ -100,19 +105,27 @@ def fill(
             f"The template takes up to {needed} tokens; a canvas has {settings.canvas_length}, so fill it in parts."
         )
     prompt = processor.raw_prompt("") if instruction is None else processor.prompt(instruction)
+    request = make_request(model, processor, prompt, options=settings, cache=cache, cancel=cancel)
     filler = GapFiller(
-        model, processor, prompt, segments, ending, settings, replies=instruction is not None, cancel=cancel
+        model,
+        processor,
+        request,
+        segments,
+        ending,
+        [partial(_read, processor, own=fields[piece]) if place % 2 else piece for place, piece in enumerate(pieces)],
+        replies=instruction is not None,
+        on_event=on_event,
     )
-    stats = filler.run()
-    try:
-        confidence = _confidence(filler, names)
-    except Cancelled:
-        return Form("", finish_reason="cancelled", stats=stats, attempts=filler.attempts)
+    confidence: dict[str, float] = {}
+    stats = filler.run(lambda: confidence.update(_confidence(filler, names)))
+    if filler.finish_reason != "stop":
+        return Form("", finish_reason=filler.finish_reason, stats=stats, seed=settings.seed, attempts=filler.attempts)
     values = {name: _read(processor, tokens, fields[name]) for name, tokens in zip(names, filler.filled, strict=True)}
     return Form(
         text=PLACE.sub(lambda place: values[place[1]], template),
         tokens=filler.tokens,
         stats=stats,
+        seed=settings.seed,
         values=values,
         confidence=confidence,
         attempts=filler.attempts,
@@ -173,7 +186,7 @@ def _number(digits: tuple[int, ...], length: int) -> Filling:
 
 
 def _read(processor: Processor, tokens: list[int], own: Field) -> str:
-    """What a field holds."""
+    """Read what a field holds."""
     text = processor.draft_text(tokens)
     if not isinstance(own, Text):
         return text
@@ -182,11 +195,10 @@ def _read(processor: Processor, tokens: list[int], own: Field) -> str:
 
 
 def _confidence(filler: GapFiller, names: list[str]) -> dict[str, float]:
-    """Of each field. Raises Cancelled."""
-    if filler.finish_reason == "cancelled":
-        raise Cancelled
-    tokens = tuple(filler.row.canvas.tokens)
-    probes = [[filler.probe(tokens, place, {place}) for place in range(start, stop)] for start, stop in filler.row.gaps]
+    """How sure the model is of each field, see `Form`. Raises Cancelled."""
+    canvas = filler.canvas
+    tokens = tuple(canvas.canvas.tokens)
+    probes = [[filler.probe(tokens, place, {place}) for place in range(start, stop)] for start, stop in canvas.gaps]
     values = iter(filler.log_probabilities([probe for own in probes for probe in own]))
     means = [sum(next(values) for _ in own) / len(own) for own in probes]
     return {name: math.exp(mean) for name, mean in zip(names, means, strict=True)}

@@ -42,9 +42,11 @@ class Gap:
 Segment = list[int] | Gap
 
 
-class Row(NamedTuple):
-    """A canvas with text and gaps. gaps: first position and the one after the last. fixed: those gaps whose filling
-    is pinned. end: after the last token of the text and the first one of its ending; the rest is no part of it.
+class GappedCanvas(NamedTuple):
+    """A canvas on which text and gaps lie.
+
+    gaps: the first position of each and the one after its last. fixed: those gaps whose filling is pinned. end: after
+    the last token of the text and the first one of its ending; the rest is no part of it.
     """
 
     canvas: Canvas
@@ -57,29 +59,29 @@ class Row(NamedTuple):
     def lengths(self) -> tuple[int, ...]:
         return tuple(stop - start for start, stop in self.gaps)
 
-    def filled(self, tokens: Sequence[int]) -> Row:
-        """This row after denoising."""
+    def filled(self, tokens: Sequence[int]) -> GappedCanvas:
+        """The same canvas after denoising."""
         return self._replace(canvas=Canvas(tokens, self.canvas.pinned))
 
 
 def longest_gap(canvas_length: int) -> int:
-    """Most tokens of a gap: three quarters of a canvas, so that some of what follows lies beside it."""
+    """The most tokens that a gap may have: three quarters of a canvas, so that some of what follows lies beside it."""
     return canvas_length * 3 // 4
 
 
 def most_tokens(segments: Sequence[Segment]) -> int:
-    """What `segments` come to with the longest filling in every gap."""
+    """The tokens of `segments` with the longest filling in every gap."""
     return sum(segment.longest if isinstance(segment, Gap) else len(segment) for segment in segments)
 
 
 def lengths_up_to(most: int) -> list[int]:
-    """At most LENGTHS lengths from short to `most`, evenly apart."""
+    """Choose at most LENGTHS lengths from short to `most`, evenly apart."""
     count = min(most, LENGTHS)
     return [math.ceil(most * part / count) for part in range(1, count + 1)]
 
 
 def text_tokens(processor: Processor, text: str) -> list[int]:
-    """Ids of a text that is content and nothing else: what looks like a marker in it is spelled out.
+    """The ids of a text that is content and nothing else: what looks like a marker in it is spelled out.
 
     Raises PromptError where it is not valid Unicode.
     """
@@ -90,7 +92,9 @@ def text_tokens(processor: Processor, text: str) -> list[int]:
     return processor.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
-def lay_out(window: Sequence[Segment], choices: Sequence[int], length: int, ending: Sequence[int] | None) -> Row:
+def lay_out(
+    window: Sequence[Segment], choices: Sequence[int], length: int, ending: Sequence[int] | None
+) -> GappedCanvas:
     """`window` on a canvas of `length`, with the chosen filling in each gap and all else pinned.
 
     ending: what follows the text where it ends on this canvas; its last token fills the rest. None: the rest is free.
@@ -116,4 +120,4 @@ def lay_out(window: Sequence[Segment], choices: Sequence[int], length: int, endi
     tokens += [None] * (length - len(tokens))
     pinned += [ending is not None] * (length - len(pinned))
     allowed += [None] * (length - len(allowed))
-    return Row(Canvas(tokens, pinned), tuple(allowed), tuple(gaps), tuple(fixed), end)
+    return GappedCanvas(Canvas(tokens, pinned), tuple(allowed), tuple(gaps), tuple(fixed), end)

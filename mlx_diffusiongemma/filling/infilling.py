@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PromptError
-from ..events import Result
-from ..generation.replying import request_options
+from ..events import Event, Result
+from ..generation.request import make_request, request_options
 from ..options import GenerationOptions
 from .gaps import Filling, Gap, Segment, lengths_up_to, longest_gap, text_tokens
 from .search import Attempt, GapFiller
 
 if TYPE_CHECKING:
+    from ..model.cache import Cache
     from ..model.diffusion_gemma import DiffusionGemma
     from ..processing.processor import Processor
 
@@ -35,8 +36,8 @@ class Hole:
 
 @dataclass(frozen=True)
 class Infilled(Result):
-    """`text` is the whole text; outside the holes it is what was given, byte for byte. Holes that were not filled yet
-    when it was cancelled (`finish_reason`) are empty in it, and not among `holes`.
+    """`text` is the whole text; outside the holes it is what was given, byte for byte. Holes that were not filled
+    (`finish_reason` cancelled or length) are empty in it, and not among `holes`.
 
     holes: what filled each hole. attempts: the lengths tried and their scores. canvases: how many it took; more than
     one where the parts did not fit one together, and then a hole saw only what follows it on its own canvas.
@@ -55,7 +56,10 @@ def infill(
     options: GenerationOptions | None = None,
     *,
     exact: bool = False,
+    seed: int | None = None,
+    cache: Cache | None = None,
     cancel: threading.Event | None = None,
+    on_event: Callable[[Event], object] | None = None,
 ) -> Infilled:
     """Fill the holes among `parts`.
 
@@ -69,9 +73,12 @@ def infill(
     combinations of several holes' lengths are all tried; where there are more, one hole after the other is varied
     while the others keep their best so far. A hole at the end needs no such search: the model ends it itself.
 
-    Setting `cancel` from any thread stops within one step. Raises PromptError.
+    cache: from `model.make_cache()`, kept from one call to the next: of what precedes the holes, only what is new is
+    encoded. Setting `cancel` from any thread stops within one step. `max_tokens` bounds the holes together: those that
+    it leaves no room for stay empty (`finish_reason` "length"). on_event: is told how it goes, see `GapFiller`.
+    Raises PromptError and BusyError.
     """
-    settings = request_options(model, options)
+    settings = request_options(model, options, seed=seed)
     parts = _checked(parts, longest_gap(settings.canvas_length))
     last = len(parts) - 1
     segments = [_segment(processor, part, exact or place == last) for place, part in enumerate(parts)]
@@ -83,9 +90,10 @@ def infill(
     else:
         prompt = processor.prompt(instruction)
     ending = None if isinstance(parts[-1], Hole) else reply_ending(processor, instruction is not None)
-    filler = GapFiller(
-        model, processor, prompt, segments, ending, settings, replies=instruction is not None, cancel=cancel
-    )
+    request = make_request(model, processor, prompt, options=settings, cache=cache, cancel=cancel)
+    pieces = [processor.draft_text if isinstance(part, Hole) else part for part in parts]
+    is_reply = instruction is not None
+    filler = GapFiller(model, processor, request, segments, ending, pieces, replies=is_reply, on_event=on_event)
     stats = filler.run()
     holes = [processor.draft_text(tokens) for tokens in filler.filled]
     rest = iter(holes)
@@ -94,6 +102,7 @@ def infill(
         tokens=filler.tokens,
         finish_reason=filler.finish_reason,
         stats=stats,
+        seed=settings.seed,
         holes=holes,
         attempts=filler.attempts,
         canvases=len(filler.steps),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 ROWS = 8  # canvases in one forward pass
 POSITIONS = 32  # of which the logits over the whole vocabulary exist at once
-THOUGHT, EMPTY_THOUGHT = "<|channel>", "<|channel>thought\n<channel|>"
+TURN, THOUGHT, EMPTY_THOUGHT = "<|turn>", "<|channel>", "<|channel>thought\n<channel|>"
 
 
 class Probe(NamedTuple):
@@ -35,7 +36,7 @@ class Cancelled(Exception):
 def log_probabilities(
     model: DiffusionGemma, cache: Cache, probes: Sequence[Probe], cancelled: Callable[[], bool] = lambda: False
 ) -> list[float]:
-    """Of each probe's token after the cached prefix (one row), in nats: temperature 1, nothing conditioned on before.
+    """The log probability of each probe's token after the cached prefix (one row), at temperature 1, in nats.
 
     The canvases have one length. Each different one is computed once, ROWS together or as many as memory allows.
     Raises Cancelled where `cancelled` says so before one of these batches.
@@ -78,10 +79,11 @@ def _log_softmax_at(logits: mx.array, tokens: mx.array) -> mx.array:
 
 def noise_canvases(seed: int, count: int, length: int, vocabulary: int) -> list[list[int]]:
     """Canvases of uniform random ids: the starting canvases that a batch with this seed would have."""
-    return sampling.noise(sampling.draw_keys(seed, count, 0, 0, 0, sampling.NOISE), length, vocabulary).tolist()
+    draws = [sampling.Draws(seed, row) for row in range(count)]
+    return sampling.noise(sampling.draw_keys(draws, [0] * count, sampling.NOISE), length, vocabulary).tolist()
 
 
-def empty_thought(
+def reply_opening(
     model: DiffusionGemma,
     processor: Processor,
     prompt: Prompt,
@@ -92,17 +94,24 @@ def empty_thought(
     """The tokens of an empty thought where a reply to `prompt` (encoded in `cache`) begins with one, else none.
 
     Nothing in a checkpoint's files tells: some templates end the prompt with the block, some models write it by
-    themselves, and others reply at once. So the model is asked: what it puts first on `canvases` of noise decides.
+    themselves, and others reply at once. So the model is asked: what it puts first on `canvases` of noise decides. It
+    is asked once for all prompts that end alike, with the header of the reply's turn.
     Raises Cancelled, as `log_probabilities`.
     """
-    marker = processor.tokenizer.get_vocab().get(THOUGHT)
+    vocabulary = processor.tokenizer.get_vocab()
+    marker, turn = vocabulary.get(THOUGHT), vocabulary.get(TURN)
     block = processor.tokenizer.encode(EMPTY_THOUGHT, add_special_tokens=False)
     if marker is None or prompt.tokens[-len(block) :] == block:
         return []
-    values = log_probabilities(model, cache, [Probe(tuple(canvas), 0, marker) for canvas in canvases], cancelled)
-    return block if mean_probability(values) > 0.5 else []
+    turns = [place for place, token in enumerate(prompt.tokens) if token == turn]
+    header = tuple(prompt.tokens[turns[-1] :]) if turns else ()
+    if header not in processor.reply_openings:
+        values = log_probabilities(model, cache, [Probe(tuple(canvas), 0, marker) for canvas in canvases], cancelled)
+        processor.reply_openings[header] = log_mean(values) > math.log(0.5)
+    return block if processor.reply_openings[header] else []
 
 
-def mean_probability(log_probabilities: Sequence[float]) -> float:
-    """The arithmetic mean of probabilities given by their logarithms."""
-    return mx.exp(mx.array(log_probabilities)).mean().item()
+def log_mean(log_probabilities: Sequence[float]) -> float:
+    """The logarithm of the arithmetic mean of probabilities given by their logarithms, however small they are."""
+    top = max(log_probabilities)
+    return top + math.log(sum(math.exp(value - top) for value in log_probabilities) / len(log_probabilities))

@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import itertools
 import math
-import threading
 import time
-from collections.abc import Collection, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import mlx.core as mx
-
 from ..checkpoints.accounting import rows_after
+from ..checkpoints.memory import PeakMemory
 from ..errors import PromptError
-from ..events import FinishReason, Stats
-from ..generation.denoising import CanvasRun
+from ..events import Commit, Done, Draft, Event, FinishReason, Prefill, Stats
+from ..generation.denoising import Denoising, Job, Step
+from ..generation.prefix import encode_prompt
+from ..generation.sampling import Draws
 from ..model.budgets import TOGETHER
 from .denoisers import InParts, Restricted
-from .gaps import Gap, Row, Segment, lay_out, longest_gap, most_tokens
-from .scoring import Cancelled, Probe, empty_thought, log_probabilities, noise_canvases
+from .gaps import Gap, GappedCanvas, Segment, lay_out, longest_gap, most_tokens
+from .scoring import Cancelled, Probe, log_probabilities, noise_canvases, reply_opening
 
 if TYPE_CHECKING:
+    from ..generation.request import Request
     from ..model.diffusion_gemma import DiffusionGemma
-    from ..options import GenerationOptions
-    from ..processing.images import PreparedImage
-    from ..processing.processor import Processor, Prompt
+    from ..processing.processor import Processor
 
 EVERY = 32  # combinations of several gaps' fillings, up to which all are tried
 NEIGHBOURS = 4  # tokens after a gap that tell best whether its length is right
 
 Choices = tuple[int, ...]  # for each gap on a canvas, which of its fillings
+Piece = str | Callable[[list[int]], str]  # of a text: as it stands, or what the tokens of a gap read as
+
+
+class Full(Exception):
+    """No filling fits the tokens that were asked for."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +50,14 @@ class Attempt:
 
 
 class GapFiller:
-    """Fills the gaps of `segments`, the reply to `prompt`, canvas after canvas.
+    """Fills the gaps of `segments`, the reply to a request's prompt, canvas after canvas.
 
     ending: what follows the last segment; its last token fills the canvas up, as in training. None: the reply is open,
     and in a gap at the end the model may end it itself.
-    options: nothing left open. replies: an empty thought comes first where the model begins its replies with one.
-    cancel: once set, stops within one step; the gaps of the canvas at work stay open.
+    pieces: the text that all this makes, for events: `Prefill`s, then `Draft`s of the most certain try and `Commit`s
+    of the text that has no open gap before it, then `Done`. Joined, the commits are the whole text.
+    replies: an empty thought comes first where the model begins its replies with one.
+    The request's `max_tokens` bounds all gaps together. Cancelled, the gaps of the canvas at work stay open.
     Raises PromptError where a gap is longer than `longest_gap` allows, or everything than the context.
     """
 
@@ -59,26 +65,28 @@ class GapFiller:
         self,
         model: DiffusionGemma,
         processor: Processor,
-        prompt: Prompt,
+        request: Request,
         segments: Sequence[Segment],
         ending: Sequence[int] | None,
-        options: GenerationOptions,
+        pieces: Sequence[Piece],
         *,
         replies: bool,
-        cancel: threading.Event | None = None,
+        on_event: Callable[[Event], object] | None = None,
     ):
-        self.model, self.processor, self.prompt, self.options = model, processor, prompt, options
-        self.segments, self.ending, self.replies = list(segments), ending, replies
-        self.cancelled = cancel.is_set if cancel else lambda: False
+        self.model, self.processor, self.request, self.options = model, processor, request, request.options
+        self.segments, self.ending, self.pieces, self.replies = list(segments), ending, pieces, replies
+        self.report = on_event or (lambda event: None)
+        self.reported = 0  # characters of the text that commits had
         self.finish_reason: FinishReason = "stop"
-        self.length, self.vocabulary = options.canvas_length, model.config.text.vocab_size
-        self.noise = noise_canvases(options.seed, 1, self.length, self.vocabulary)[0]
-        self.cache = model.make_cache()
+        self.length, self.vocabulary = self.options.canvas_length, model.config.text.vocab_size
+        self.noise = noise_canvases(self.options.seed, 1, self.length, self.vocabulary)[0]
+        self.cache = model.make_cache() if request.cache is None else request.cache
         self.encoded = 0  # tokens of the reply in the cache
         self.filled: list[list[int]] = []  # tokens of each gap
         self.attempts: list[Attempt] = []
         self.steps: list[int] = []  # of each canvas
-        self.row: Row | None = None  # the last canvas, filled
+        self.canvas: GappedCanvas | None = None  # the last one, filled
+        self.stats = Stats(prompt_tokens=len(request.prompt.tokens))
         self._check_room()
 
     def _check_room(self) -> None:
@@ -86,7 +94,7 @@ class GapFiller:
         for segment in self.segments:
             if isinstance(segment, Gap) and segment.longest > most:
                 raise PromptError(f"{segment.longest} tokens are more than fit a hole; at most {most} are possible.")
-        total = len(self.prompt.tokens) + most_tokens(self.segments)
+        total = len(self.request.prompt.tokens) + most_tokens(self.segments)
         most = self.model.config.text.max_position_embeddings - 2 * self.length
         if total > most:
             raise PromptError(
@@ -98,59 +106,117 @@ class GapFiller:
         """The reply, without the gaps that are still open."""
         return [token for segment in self.segments if not isinstance(segment, Gap) for token in segment]
 
-    def run(self) -> Stats:
-        """Fill every gap, in order; `filled`, `attempts`, `steps` and `finish_reason` say how. Returns what it cost."""
-        mx.reset_peak_memory()
-        started, prefilled = time.perf_counter(), None
+    def run(self, finish: Callable[[], None] = lambda: None) -> Stats:
+        """Fill every gap, in order; `filled`, `attempts`, `steps` and `finish_reason` say how. Returns what it cost.
+
+        finish: asks something of the filled canvas, at the end, while the prefix is still there.
+        """
+        kept = self.request.cache
+        peak, started, prefilled = PeakMemory(), time.perf_counter(), None
         try:
-            self._prefill(self.prompt.tokens, self.prompt.images)
-            prefilled = time.perf_counter()
-            self._fill()
+            with nullcontext() if kept is None else kept.reserved():
+                self._read_prefix([])
+                prefilled = time.perf_counter()
+                self._commit(0, [], 0)
+                self._fill()
+                finish()
         except Cancelled:
             self.finish_reason = "cancelled"
+        except Full:
+            self.finish_reason = "length"
+        finally:
+            peak_bytes = peak.stop()
         ended = time.perf_counter()
         prefilled = prefilled or ended
-        return Stats(
-            prompt_tokens=len(self.prompt.tokens),
+        self.stats = replace(
+            self.stats,
             generated_tokens=sum(map(len, self.filled)),
             steps=self.steps,
             prompt_seconds=prefilled - started,
             denoise_seconds=ended - prefilled,
-            peak_memory_bytes=mx.get_peak_memory(),
+            peak_memory_bytes=peak_bytes,
         )
+        self.report(Done(self.finish_reason, self.stats, seed=self.options.seed))
+        return self.stats
 
-    def _prefill(self, tokens: Sequence[int], images: Sequence[PreparedImage] = ()) -> None:
-        """Append tokens to the cache."""
-        for _ in self.model.encode_chunks(mx.array([tokens]), self.cache, images):
+    def _read_prefix(self, reply: list[int]) -> None:
+        """Make the cache hold the prompt and so much of the reply; what it has of them is not encoded again."""
+        prompt = self.request.prompt
+        whole = replace(prompt, tokens=[*prompt.tokens, *reply])
+        for number, done in enumerate(encode_prompt(self.model, self.cache, whole)):
+            if number == 0 and not reply:
+                self.stats = replace(self.stats, cached_tokens=done)
+            self.report(Prefill(done, len(whole.tokens)))
             self._check_cancelled()
+        self.encoded = len(reply)
 
     def _check_cancelled(self) -> None:
-        if self.cancelled():
+        if self.request.cancelled:
             raise Cancelled
 
     def _fill(self) -> None:
         if self.replies:
-            self.segments.insert(
-                0, empty_thought(self.model, self.processor, self.prompt, self.cache, [self.noise], self.cancelled)
+            opening = reply_opening(
+                self.model, self.processor, self.request.prompt, self.cache, [self.noise], self._is_cancelled
             )
+            self.segments.insert(0, opening)
         while any(isinstance(segment, Gap) for segment in self.segments):
             self._fill_canvas()
+
+    def _is_cancelled(self) -> bool:
+        return self.request.cancelled
 
     def _fill_canvas(self) -> None:
         """Fill the gaps on the next canvas, and make them part of the text."""
         first = next(index for index, segment in enumerate(self.segments) if isinstance(segment, Gap))
         before = [token for segment in self.segments[:first] for token in segment]
         lead = self._lead(len(before), first)
-        self._encode(before[: len(before) - lead])
+        if (reply := before[: len(before) - lead]) and len(reply) > self.encoded:
+            self._read_prefix(reply)
         window = self._window(first, self.length - lead)
         self.steps.append(0)
-        self.row = self._search([before[len(before) - lead :], *window])
+        self.canvas = self._search([before[len(before) - lead :], *window], lead)
+        tokens = list(self.canvas.canvas.tokens)
         at = (index for index, segment in enumerate(window, first) if isinstance(segment, Gap))
-        for index, (start, stop) in zip(at, self.row.gaps, strict=True):
-            tokens = list(self.row.canvas.tokens[start:stop])
-            ends = (place for place, token in enumerate(tokens) if token in self.options.end_tokens)
-            self.segments[index] = tokens[: next(ends, len(tokens))]
+        for index, (start, stop) in zip(at, self.canvas.gaps, strict=True):
+            gap = tokens[start:stop]
+            ends = (place for place, token in enumerate(gap) if token in self.options.end_tokens)
+            self.segments[index] = gap[: next(ends, len(gap))]
             self.filled.append(self.segments[index])
+        self._commit(len(self.steps) - 1, tokens[lead : self.canvas.end], self.steps[-1])
+
+    def _commit(self, canvas: int, tokens: list[int], steps: int) -> None:
+        """Report the text that has become certain: all up to the first gap that is open."""
+        text, filled = "", iter(self.filled)
+        for piece in self.pieces:
+            gap = None if isinstance(piece, str) else next(filled, None)
+            if not isinstance(piece, str) and gap is None:
+                break
+            text += piece if isinstance(piece, str) else piece(gap)
+        new, self.reported = text[self.reported :], len(text)
+        if new or tokens:
+            self.report(Commit(canvas, tokens, [("text", new)] * bool(new), steps))
+
+    def _draft(self, canvas: GappedCanvas, lead: int, step: Step | None) -> None:
+        """Report a step of a canvas, or one that was not denoised, from where its text is not certain yet."""
+        tokens = list(canvas.canvas.tokens) if step is None else step.tokens
+        accepted = [True] * len(tokens) if step is None else step.accepted
+        entropy = [0.0] * len(tokens) if step is None else step.entropy
+        settled = [a or pinned for a, pinned in zip(accepted, canvas.canvas.pinned, strict=True)]
+        pieces = self.processor.token_texts(tokens[lead : canvas.end])
+        self.report(
+            Draft(
+                canvas=len(self.steps) - 1,
+                step=1 if step is None else step.number,
+                max_steps=self.options.max_steps,
+                tokens=tokens[lead:],
+                accepted=settled[lead:],
+                entropy=entropy[lead:],
+                text="".join(pieces),
+                parts=[("text", "".join(pieces))],
+                pieces=pieces + [""] * (len(tokens) - canvas.end),
+            )
+        )
 
     def _lead(self, before: int, first: int) -> int:
         """How many of the tokens `before` the gap lie with it on the canvas.
@@ -176,70 +242,81 @@ class GapFiller:
             room = max(room - most_tokens([segment]), 0)
         return window
 
-    def _encode(self, before: list[int]) -> None:
-        """Append what is new of the text before the canvas to the cache."""
-        if len(before) > self.encoded:
-            self._prefill(before[self.encoded :])
-            self.encoded = len(before)
-
-    def _search(self, window: list[Segment]) -> Row:
-        """The best row. Up to EVERY combination is tried; where there are more, one gap after the other is varied while
-        the others keep the best so far, at first their longest filling.
+    def _search(self, window: list[Segment], lead: int) -> GappedCanvas:
+        """The best canvas. Up to EVERY combination is tried; where there are more, one gap after the other is varied
+        while the others keep the best so far, at first their longest filling. Raises Full.
         """
         gaps = [segment for segment in window if isinstance(segment, Gap)]
+        room = self.options.max_tokens - sum(map(len, self.filled))
+
+        def fits(choices: Choices) -> bool:
+            return sum(len(gap.fillings[own].tokens) for gap, own in zip(gaps, choices, strict=True)) <= room
+
         every = [range(len(gap.fillings)) for gap in gaps]
         if math.prod(map(len, every)) <= EVERY:
-            return self._try(window, list(itertools.product(*every)))[1]
+            return self._try(window, lead, list(filter(fits, itertools.product(*every))))[1]
         best = tuple(max(range(len(g.fillings)), key=lambda i, g=g: len(g.fillings[i].tokens)) for g in gaps)
+        if not fits(best):
+            best = tuple(min(range(len(g.fillings)), key=lambda i, g=g: len(g.fillings[i].tokens)) for g in gaps)
         for number, own in enumerate(every):
             varied = [(*best[:number], choice, *best[number + 1 :]) for choice in own]
-            best, row = self._try(window, varied)
-        return row
+            best, canvas = self._try(window, lead, list(filter(fits, varied)))
+        return canvas
 
-    def _try(self, window: list[Segment], combinations: list[Choices]) -> tuple[Choices, Row]:
-        """Denoise the combinations, TOGETHER at a time; returns the best, ties to the shorter, and its row."""
+    def _try(self, window: list[Segment], lead: int, combinations: list[Choices]) -> tuple[Choices, GappedCanvas]:
+        """Denoise the combinations, TOGETHER at a time; returns the best, ties to the shorter, and its canvas."""
+        if not combinations:
+            raise Full
         ending = self.ending if window[-1] is self.segments[-1] else None
         starts = [lay_out(window, choices, self.length, ending) for choices in combinations]
-        rows = [
-            row for first in range(0, len(starts), TOGETHER) for row in self._denoise(starts[first : first + TOGETHER])
-        ]
-        surprises = self._surprises(rows)
-        canvas = len(self.steps) - 1
-        self.attempts += [Attempt(canvas, row.lengths, value) for row, value in zip(rows, surprises, strict=True)]
-        best = min(range(len(rows)), key=lambda index: (surprises[index], sum(rows[index].lengths)))
-        return combinations[best], rows[best]
+        tried: list[tuple[GappedCanvas, Step | None]] = []
+        for first in range(0, len(starts), TOGETHER):
+            tried += self._denoise(starts[first : first + TOGETHER], lead)
+        canvases = [canvas for canvas, _ in tried]
+        surprises = self._surprises(canvases)
+        number = len(self.steps) - 1
+        self.attempts += [Attempt(number, own.lengths, value) for own, value in zip(canvases, surprises, strict=True)]
+        best = min(range(len(canvases)), key=lambda index: (surprises[index], sum(canvases[index].lengths)))
+        self._draft(*tried[best][:1], lead, tried[best][1])
+        return combinations[best], canvases[best]
 
-    def _denoise(self, rows: list[Row]) -> list[Row]:
-        """Run the rows together. Once one is done, the others get as many steps again: what fits settles early."""
-        if all(all(row.canvas.pinned) for row in rows):
-            return rows
-        denoiser = InParts(self.model, rows_after(self.cache, len(rows)))
-        if any(ids is not None for row in rows for ids in row.allowed):
-            denoiser = Restricted(self.model, denoiser, [row.allowed for row in rows])
-        run = CanvasRun(
-            denoiser,
-            self.cache,
-            self.options,
-            [row.canvas for row in rows],
-            self.vocabulary,
-            seed=self.options.seed,
-            number=len(self.steps) - 1,
-            attempt=len(self.attempts),
-        )
-        last = self.options.max_steps
+    def _denoise(self, starts: list[GappedCanvas], lead: int) -> list[tuple[GappedCanvas, Step | None]]:
+        """Run the canvases together. Once one is done, the others get as many steps again: what fits settles early.
+
+        Returns each as it was last, with that step; None where nothing was open.
+        """
+        if all(all(start.canvas.pinned) for start in starts):
+            return [(start, None) for start in starts]
+        denoiser = InParts(self.model, rows_after(self.cache, len(starts)))
+        number, attempt = len(self.steps) - 1, len(self.attempts)
+        canvases = {
+            Job(start.canvas, self.cache, Draws(self.options.seed, row, number, attempt)): start
+            for row, start in enumerate(starts)
+        }
+        restricted = any(ids is not None for start in starts for ids in start.allowed)
+        allowed = {job: start.allowed for job, start in canvases.items()}
+        reader = Restricted(self.model, denoiser, allowed) if restricted else None
+        run = Denoising(denoiser, self.options, self.vocabulary, reader)
+        # The longest begins alone: a first draft costs one canvas, however many are compared.
+        waiting = sorted(canvases, key=lambda job: sum(canvases[job].lengths))
+        run.add(waiting.pop())
+        last, latest = self.options.max_steps, {}
         with closing(run.steps()) as steps:
-            for step in steps:
+            for shown in steps:
                 self.steps[-1] += 1
                 self._check_cancelled()
-                if any(step.finished):
-                    last = min(last, 2 * step.number)
-                if step.number >= last:
-                    break
-        return [row.filled(tokens) for row, tokens in zip(rows, step.tokens, strict=True)]
+                latest |= {step.job: step for step in shown}
+                surest = min(shown, key=lambda step: sum(step.entropy))
+                self._draft(canvases[surest.job], lead, surest)
+                while waiting:
+                    run.add(waiting.pop())
+                last = min([last, *(2 * step.number for step in shown if step.finished)])
+                run.drop([step.job for step in shown if step.number >= last])
+        return [(start.filled(latest[job].tokens), latest[job]) for job, start in canvases.items()]
 
-    def _surprises(self, rows: list[Row]) -> list[float]:
-        """Of each filled row: minus the log probability of every token from the first gap up to where the text ends on
-        all of the canvases, each with all others in place.
+    def _surprises(self, rows: list[GappedCanvas]) -> list[float]:
+        """How much each filled canvas surprises the model, in nats: minus the log probability of every token from the
+        first gap up to where the text ends on all of the canvases, each with all others in place.
 
         A token that is seen in its place is nearly always believed, right or wrong. So noise takes the place of those
         that the model did not write and that must fit what it wrote: of the NEIGHBOURS tokens after a gap, all at once,
@@ -262,7 +339,7 @@ class GapFiller:
 
     def log_probabilities(self, probes: Sequence[Probe]) -> list[float]:
         """See `scoring`. Raises Cancelled."""
-        return log_probabilities(self.model, self.cache, probes, self.cancelled)
+        return log_probabilities(self.model, self.cache, probes, self._is_cancelled)
 
     def probe(self, tokens: tuple[int, ...], place: int, left_out: Collection[int]) -> Probe:
         """Asks for the token at `place`, with noise at the places that are left out."""

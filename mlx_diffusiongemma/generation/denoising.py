@@ -1,167 +1,259 @@
-"""One canvas: the loop over denoising steps, as the reference's `generate` runs it."""
+"""The loop over denoising steps, as the reference's `generate` runs it, for canvases that come and go."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
 
-from ..options import GenerationOptions
+from ..model.cache import Cache, CacheRows
 from . import sampling
 from .canvas import Canvas
+from .sampling import Draws
 
-
-class PrefixCache(Protocol):
-    """What the loop needs of a cache: see `model.cache.Cache`."""
-
-    def settle(self) -> None: ...
-
-    def release(self) -> None: ...
+if TYPE_CHECKING:
+    from ..model.vocabulary import Reading
+    from ..options import GenerationOptions
 
 
 class Denoiser(Protocol):
-    """What the loop needs of a model: see `model.diffusion_gemma.DiffusionGemma`."""
+    """The part of a model that the loop calls: see `model.diffusion_gemma.DiffusionGemma`."""
 
-    def denoise(self, canvas: mx.array, cache: PrefixCache, self_conditioning: mx.array | None) -> mx.array: ...
+    def denoise(self, canvas: mx.array, cache: Cache | CacheRows, self_conditioning: mx.array | None) -> mx.array: ...
 
-    def read_vocabulary(self, hidden: mx.array, temperature: float, key: mx.array | None) -> tuple: ...
+    def read_vocabulary(self, hidden: mx.array, temperature: float | mx.array, key: mx.array | None) -> Reading: ...
 
     def embed(self, tokens: mx.array) -> mx.array: ...
 
 
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One canvas to denoise: where it starts, the prefix that it follows, and what its draws depend on."""
+
+    canvas: Canvas
+    cache: Cache
+    draws: Draws
+
+
 class Step(NamedTuple):
-    """What a step shows of each row: argmax tokens, accepted positions, entropies in nats, and whether it is done."""
+    """What one step, counted from 1, shows of one canvas: its argmax tokens, which positions are accepted, their
+    entropies in nats, and whether the canvas is done.
+    """
 
+    job: Job
     number: int
-    tokens: list[list[int]]
-    accepted: list[list[bool]]
-    entropy: list[list[float]]
-    finished: list[bool]
+    tokens: list[int]
+    accepted: list[bool]
+    entropy: list[float]
+    finished: bool
 
 
-class _Pending(NamedTuple):
-    """A step's arrays. `report` [B, 3 L + 1] holds all that is read back, so that one read blocks, once."""
+class Reader(Protocol):
+    """Reads the vocabulary for the loop in the model's place, where not every position may hold every token."""
 
-    report: mx.array
-    tokens: mx.array
-    unchanged: mx.array
-    finished: mx.array
-    canvas: mx.array | None
-    soft_embedding: mx.array | None
-
-    def dispatch(self) -> None:
-        mx.async_eval([array for array in self if array is not None])
+    def read(
+        self, hidden: mx.array, temperature: float | mx.array, key: mx.array | None, jobs: Sequence[Job]
+    ) -> Reading: ...
 
 
-class CanvasRun:
-    """A batch of canvases being denoised: B rows of L positions after one cached prefix.
+class Denoising:
+    """Canvases of one length being denoised together, a row each.
 
-    starts: where each row begins. seed, number, attempt: what the draws depend on, beside row and step.
-    settled: rows that are done already and only keep the others company.
+    A canvas comes with `add`, and leaves once it is done or with `drop`: no step computes a row that is not needed.
+    Canvases follow one prefix (they share a cache of one row) or each its own, and need not be at the same step.
+
+    reader: reads the vocabulary; None is the model itself.
     """
 
     def __init__(
-        self,
-        model: Denoiser,
-        cache: PrefixCache,
-        options: GenerationOptions,
-        starts: list[Canvas],
-        vocabulary: int,
-        *,
-        seed: int,
-        number: int = 0,
-        attempt: int = 0,
-        settled: list[bool] | None = None,
-    ):
-        self.model, self.cache, self.options = model, cache, options
-        self.vocabulary = vocabulary
-        self.rows, self.length = len(starts), len(starts[0].tokens)
-        self.draw = (seed, self.rows, number, attempt)
-        pinned = mx.array([start.pinned for start in starts])
-        self.pinned = pinned if any(any(start.pinned) for start in starts) else None
-        self.settled = mx.array(settled or [False] * self.rows)
-        self.start = self._starting_canvas(starts)
+        self, model: Denoiser, options: GenerationOptions, vocabulary: int, reader: Reader | None = None
+    ) -> None:
+        self.model, self.options, self.vocabulary, self.reader = model, options, vocabulary, reader
+        self._joining: list[Job] = []
+        self._pending: _Pending | None = None
 
-    def _starting_canvas(self, starts: list[Canvas]) -> mx.array:
-        random = self._noise(step=0)
-        if all(token is None for start in starts for token in start.tokens):
-            return random
-        given = mx.array([[-1 if token is None else token for token in start.tokens] for start in starts])
-        return mx.where(given < 0, random, given)
+    @property
+    def jobs(self) -> list[Job]:
+        """The canvases at work."""
+        return [*(self._pending.after.jobs if self._pending else ()), *self._joining]
 
-    def _noise(self, step: int) -> mx.array:
-        return sampling.noise(sampling.draw_keys(*self.draw, step, sampling.NOISE), self.length, self.vocabulary)
+    def add(self, job: Job) -> None:
+        """Let a canvas take part from the next step on that is not under way yet."""
+        self._joining.append(job)
 
-    def steps(self) -> Iterator[Step]:
-        """Denoise until every row is done or the steps are used up. Closing the iterator frees the canvas.
+    def drop(self, leaving: Sequence[Job]) -> None:
+        """Let canvases leave, whatever they are like; what they held beside their prefixes is freed."""
+        self._joining = [job for job in self._joining if job not in leaving]
+        if self._pending:
+            staying = [row for row, job in enumerate(self._pending.after.jobs) if job not in leaving]
+            self._pending = self._pending.rows(staying) if staying else None
+        for job in leaving:
+            job.cache.release()
 
-        While the device computes a step, the next one's graph is built; it is dispatched only once the stop flag has
-        been read, and before the caller sees the step.
-        """
+    def steps(self) -> Iterator[list[Step]]:
+        """Run until every canvas is done; closing the iterator drops those that are left."""
         try:
-            pending = self._step(1, None)
-            self.cache.settle()
-            pending.dispatch()
-            for number in range(1, self.options.max_steps + 1):
-                following = self._step(number + 1, pending) if number < self.options.max_steps else None
-                shown = self._read(number, pending)
-                if all(shown.finished):
-                    following = None
-                if following is not None:
-                    self.cache.settle()
-                    following.dispatch()
-                pending = following
-                yield shown
-                if pending is None:
-                    return
+            while self.jobs:
+                yield self.step()
         finally:
-            self.cache.release()
+            self.drop(self.jobs)
 
-    def _step(self, number: int, previous: _Pending | None) -> _Pending:
-        """Step `number`, from 1, as a graph."""
-        options = self.options
-        last = number == options.max_steps
-        canvas = self.start if previous is None else previous.canvas
-        hidden = self.model.denoise(canvas, self.cache, previous.soft_embedding if previous else None)
-        temperature = sampling.temperature(number, options.max_steps, options.t_min, options.t_max)
-        keys = None if last else sampling.draw_keys(*self.draw, number, sampling.SAMPLE)
-        tokens, sample, entropy, soft = self.model.read_vocabulary(hidden, temperature, keys)
-        if self.pinned is not None:
-            tokens = mx.where(self.pinned, self.start, tokens)
-        accepted = sampling.accept(entropy, options.entropy_bound, self.pinned)
-        done = self.settled if previous is None else previous.finished
-        if previous is not None and self.rows > 1:
-            tokens = mx.where(done[:, None], previous.tokens, tokens)
-        unchanged = sampling.unchanged_steps(
-            tokens, previous.tokens if previous else None, previous.unchanged if previous else None
-        )
-        mean = sampling.mean_entropy(entropy, self.pinned)
-        finished = done | sampling.finished(unchanged, mean, options.stability, options.confidence)
-        if not last:
-            sample = mx.where(accepted, sample, self._noise(number))
-            if self.pinned is not None:
-                sample = mx.where(self.pinned, self.start, sample)
-                soft = mx.where(self.pinned[..., None], self.model.embed(self.start), soft)
-            if previous is not None and self.rows > 1:
-                sample = mx.where(done[:, None], canvas, sample)
-                soft = mx.where(done[:, None, None], previous.soft_embedding, soft)
-        report = _packed(tokens, accepted, entropy, finished)
-        return _Pending(report, tokens, unchanged, finished, sample, soft)
+    def step(self) -> list[Step]:
+        """Wait for the step under way, start the next one, and say what the finished one shows, row by row.
 
-    def _read(self, number: int, pending: _Pending) -> Step:
-        report = np.array(pending.report)
-        tokens, accepted, entropy, finished = np.split(report, [self.length * part for part in (1, 2, 3)], axis=1)
-        return Step(
-            number,
-            tokens.tolist(),
-            accepted.astype(bool).tolist(),
-            entropy.view(np.float32).tolist(),
-            finished[:, 0].astype(bool).tolist(),
+        While the device computes a step, the graph of the next one is built. It is dispatched once the stop flags have
+        been read, which is the only read that blocks, and before the caller sees the step.
+        """
+        if self._pending is None:
+            self._pending = self._dispatched(self._compute(self._newcomers()))
+        pending, newcomers = self._pending, self._newcomers()
+        going = [row for row, number in enumerate(pending.after.numbers) if number < self.options.max_steps]
+        following = self._compute(pending.after.rows(going) + newcomers)
+        shown = pending.read(self.options.max_steps)
+        staying = [row for row, step in enumerate(shown) if not step.finished]
+        if len(staying) < len(shown):
+            # What was built may compute rows that are done: drop it, so that it holds no buffer, and build it anew.
+            del following
+            for state in (pending.after, *newcomers):
+                for job in state.jobs:
+                    job.cache.release()
+            following = self._compute(pending.after.rows(staying) + newcomers)
+        self._pending = self._dispatched(following)
+        return shown
+
+    def _newcomers(self) -> list[_State]:
+        """The canvases that wait to join, before their first step: one state, or none."""
+        jobs, self._joining = self._joining, []
+        if not jobs:
+            return []
+        rows, length = len(jobs), len(jobs[0].canvas.tokens)
+        start = self._noise(jobs, [0] * rows, length)
+        canvases = [job.canvas for job in jobs]
+        if any(token is not None for canvas in canvases for token in canvas.tokens):
+            given = mx.array([[-1 if token is None else token for token in canvas.tokens] for canvas in canvases])
+            start = mx.where(given < 0, start, given)
+        pinned = mx.array([canvas.pinned for canvas in canvases]) if any(any(c.pinned) for c in canvases) else None
+        no_tokens, no_steps = mx.full((rows, length), -1, mx.int32), mx.zeros((rows,), mx.int32)
+        return [_State(jobs, [0] * rows, start, no_tokens, no_steps, start, None, pinned)]
+
+    def _compute(self, states: list[_State]) -> _Pending | None:
+        """The graph of the next step of all rows in `states`, of which there are at most two; None without any."""
+        if not states:
+            return None
+        state = states[0] if len(states) == 1 else states[0].joined(states[1])
+        options, jobs, numbers = self.options, state.jobs, [number + 1 for number in state.numbers]
+        shared = all(job.cache is jobs[0].cache for job in jobs)
+        cache = jobs[0].cache if shared else CacheRows([job.cache for job in jobs])
+        hidden = self.model.denoise(state.canvas, cache, state.soft_embedding)
+        heat = [sampling.temperature(number, options.max_steps, options.t_min, options.t_max) for number in numbers]
+        temperature = heat[0] if len(set(heat)) == 1 else mx.array(heat)
+        goes_on = min(numbers) < options.max_steps
+        keys = sampling.draw_keys([job.draws for job in jobs], numbers, sampling.SAMPLE) if goes_on else None
+        if self.reader is None:
+            tokens, sample, entropy, soft = self.model.read_vocabulary(hidden, temperature, keys)
+        else:
+            tokens, sample, entropy, soft = self.reader.read(hidden, temperature, keys, jobs)
+        pinned, start = state.pinned, state.start
+        if pinned is not None:
+            tokens = mx.where(pinned, start, tokens)
+        accepted = sampling.accept(entropy, options.entropy_bound, pinned)
+        unchanged = sampling.unchanged_steps(tokens, state.tokens, state.unchanged)
+        mean = sampling.mean_entropy(entropy, pinned)
+        finished = sampling.finished(unchanged, mean, options.stability, options.confidence)
+        canvas = state.canvas
+        if goes_on:
+            canvas = mx.where(accepted, sample, self._noise(jobs, numbers, tokens.shape[1]))
+            if pinned is not None:
+                canvas = mx.where(pinned, start, canvas)
+                soft = mx.where(pinned[..., None], self.model.embed(start), soft)
+        after = _State(jobs, numbers, canvas, tokens, unchanged, start, soft, pinned)
+        return _Pending(_packed(tokens, accepted, entropy, finished), after, cache)
+
+    def _noise(self, jobs: Sequence[Job], steps: Sequence[int], length: int) -> mx.array:
+        keys = sampling.draw_keys([job.draws for job in jobs], steps, sampling.NOISE)
+        return sampling.noise(keys, length, self.vocabulary)
+
+    def _dispatched(self, pending: _Pending | None) -> _Pending | None:
+        """The same step, on its way to the device; from now on the next may write where this one's canvases lie."""
+        if pending is not None:
+            pending.cache.settle()
+            mx.async_eval([pending.report, *pending.after.arrays])
+        return pending
+
+
+class _State(NamedTuple):
+    """What the next step of some canvases starts from.
+
+    numbers: the steps that each has had. canvas [B, L]: the tokens to read. tokens [B, L] and unchanged [B]: the last
+    argmax canvas, and for how many steps it has been the same. start [B, L]: where they began. soft_embedding
+    [B, L, H]: None before the first step. pinned [B, L]: None where no position of any canvas is.
+    """
+
+    jobs: list[Job]
+    numbers: list[int]
+    canvas: mx.array
+    tokens: mx.array
+    unchanged: mx.array
+    start: mx.array
+    soft_embedding: mx.array | None
+    pinned: mx.array | None
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        return [array for array in self[2:] if array is not None]
+
+    def rows(self, rows: list[int]) -> list[_State]:
+        """The state of some of the rows: one, or none where `rows` is empty."""
+        if not rows:
+            return []
+        if len(rows) == len(self.jobs):
+            return [self]
+        index = mx.array(rows)
+        arrays = (None if array is None else array[index] for array in self[2:])
+        return [_State([self.jobs[row] for row in rows], [self.numbers[row] for row in rows], *arrays)]
+
+    def joined(self, other: _State) -> _State:
+        """These rows and then the others. What only one side has is zero for the other: nothing believed or pinned."""
+        arrays = (
+            _stacked(mine, theirs, len(self.jobs), len(other.jobs))
+            for mine, theirs in zip(self[2:], other[2:], strict=True)
         )
+        return _State(self.jobs + other.jobs, self.numbers + other.numbers, *arrays)
+
+
+class _Pending(NamedTuple):
+    """A step under way. `report` [B, 3 L + 1] holds all that is read back, so that one read blocks, once."""
+
+    report: mx.array
+    after: _State
+    cache: Cache | CacheRows
+
+    def rows(self, rows: list[int]) -> _Pending:
+        """The same step, of some of its rows."""
+        return self._replace(report=self.report[mx.array(rows)], after=self.after.rows(rows)[0])
+
+    def read(self, max_steps: int) -> list[Step]:
+        """Wait for the step. The last one that a canvas may take finishes it."""
+        report = np.array(self.report)
+        length = (report.shape[1] - 1) // 3
+        tokens, accepted, entropy, finished = np.split(report, [length * part for part in (1, 2, 3)], axis=1)
+        done = (finished[:, 0] > 0) | (np.array(self.after.numbers) >= max_steps)
+        columns = (tokens, accepted.astype(bool), entropy.view(np.float32), done)
+        rows = zip(self.after.jobs, self.after.numbers, *(column.tolist() for column in columns), strict=True)
+        return [Step(*row) for row in rows]
 
 
 def _packed(tokens: mx.array, accepted: mx.array, entropy: mx.array, finished: mx.array) -> mx.array:
     parts = [tokens.astype(mx.uint32), accepted.astype(mx.uint32), entropy.view(mx.uint32)]
     return mx.concatenate([*parts, finished[:, None].astype(mx.uint32)], axis=1)
+
+
+def _stacked(first: mx.array | None, second: mx.array | None, rows: int, other_rows: int) -> mx.array | None:
+    if first is None and second is None:
+        return None
+    first = mx.zeros((rows, *second.shape[1:]), second.dtype) if first is None else first
+    second = mx.zeros((other_rows, *first.shape[1:]), first.dtype) if second is None else second
+    return mx.concatenate([first, second])

@@ -19,5 +19,6 @@ ROWS_BUDGET = 2**29
 BLOCK_TOKENS = 8192  # of the vocabulary in a block at most
 CACHE_GROWTH = 1024  # what a full layer's buffer grows by
 GROUP = 32  # tokens whose probabilities are summed before one of them is drawn
+BATCH_ROWS = 8  # replies of a batch in flight, unless a caller says how many
 TOGETHER = 16  # canvases that infilling compares as one batch
 MEMBER_ROWS = 256  # positions whose groups' embeddings exist at once while that one is drawn

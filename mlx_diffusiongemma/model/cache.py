@@ -1,13 +1,9 @@
-"""Keys and values of the encoded prefix, kept per layer.
-
-Every layer holds one buffer with room past the prefix: a canvas's keys and values are written there in place, so that
-a denoising step neither concatenates nor copies the prefix. What lies past the prefix is scratch.
-"""
+"""The encoded prefix: keys and values of every layer, what they are of, and the way back to earlier prefixes."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,128 +11,11 @@ import mlx.core as mx
 
 from ..config import TextConfig
 from ..errors import BusyError
-from .budgets import CACHE_GROWTH
+from .layer_cache import LayerCache, LayerRows
 
 SNAPSHOT_BYTES = 320 * 2**20  # that snapshots may take beside the cache: one of the published model's, 314 MB
 
 Label = int | str  # what a token of the prefix is: its id, or the digest of the image it is part of
-
-
-class LayerCache:
-    """One layer's keys and values, [B, heads, capacity, head_dim]; the first `length` positions are the prefix.
-
-    With a `window`, only the last `window - 1 + keep` tokens stay: what a later token or a rewind of `keep` needs.
-    """
-
-    def __init__(self, window: int | None, keep: int):
-        self.window = window
-        self.keep = keep
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
-        self.length = 0
-        self._canvas: tuple[mx.array, mx.array] | None = None
-        self._spread: tuple[mx.array, mx.array] | None = None
-
-    @property
-    def visible(self) -> int:
-        """How many tokens of the prefix a token right after it can see."""
-        return self.length if self.window is None else min(self.length, self.window - 1)
-
-    def append(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Take the next tokens' K/V [B, heads, N, head_dim] in; returns those that they can see, themselves last."""
-        self._canvas = self._spread = None
-        if self.window is None:
-            return self._append_full(keys, values)
-        return self._append_sliding(keys, values)
-
-    def _append_full(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        end = self.length + keys.shape[2]
-        self._reserve(keys, end)
-        self.keys = _written(self.keys, self.length, keys)
-        self.values = _written(self.values, self.length, values)
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def _append_sliding(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        held = [(self.keys, keys), (self.values, values)]
-        if self.length:
-            joined = [mx.concatenate([old[:, :, : self.length], new], axis=2) for old, new in held]
-        else:
-            joined = [new for _, new in held]
-        seen = self.visible + keys.shape[2]
-        self.length = min(self.length + keys.shape[2], self.window - 1 + self.keep)
-        self.keys, self.values = (_with_room(array[:, :, -self.length :], self.keep) for array in joined)
-        return joined[0][:, :, -seen:], joined[1][:, :, -seen:]
-
-    def _reserve(self, like: mx.array, length: int) -> None:
-        """Room for `length` tokens and a canvas."""
-        capacity = 0 if self.keys is None else self.keys.shape[2]
-        if length + self.keep <= capacity:
-            return
-        room = -(-(length + self.keep) // CACHE_GROWTH) * CACHE_GROWTH - self.length
-        if self.keys is None:
-            rows, heads, _, width = like.shape
-            self.keys = mx.zeros((rows, heads, 0, width), like.dtype)
-            self.values = self.keys
-        self.keys = _with_room(self.keys[:, :, : self.length], room)
-        self.values = _with_room(self.values[:, :, : self.length], room)
-
-    def with_canvas(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """The K/V that a canvas attends to: the visible prefix, then the canvas's own [B', heads, L, head_dim].
-
-        B' is the cache's number of rows, or any number where the cache has one row. The prefix stays as it is; the
-        written buffers are adopted by `settle`, which lets the next step write into them in place. Until then, another
-        as many canvases are written where these were: in place where the graph has those computed first.
-        """
-        rows, _, count, _ = keys.shape
-        base, start = self._base(keys, values, rows)
-        end = start + count
-        if end > base[0].shape[2]:
-            base = tuple(_with_room(array[:, :, :start], count) for array in base)
-        all_keys, all_values = _written(base[0], start, keys), _written(base[1], start, values)
-        self._canvas = (all_keys, all_values)
-        first = start - self.visible
-        return all_keys[:, :, first:end], all_values[:, :, first:end]
-
-    def _base(self, keys: mx.array, values: mx.array, rows: int) -> tuple[tuple[mx.array, mx.array], int]:
-        """Buffers of `rows` rows to write a canvas into, and where in them the prefix ends."""
-        if self.keys is None:
-            return (keys[:, :, :0], values[:, :, :0]), 0
-        is_spread = self.keys.shape[0] != rows
-        if self._canvas is not None and self._canvas[0].shape[0] == rows:
-            return self._canvas, self.visible if is_spread else self.length
-        if not is_spread:
-            return (self.keys, self.values), self.length
-        if self._spread is None or self._spread[0].shape[0] != rows:
-            prefix = slice(self.length - self.visible, self.length)
-            self._spread = tuple(
-                _with_room(mx.broadcast_to(a[:, :, prefix], (rows, a.shape[1], self.visible, a.shape[3])), self.keep)
-                for a in (self.keys, self.values)
-            )
-        return self._spread, self.visible
-
-    def settle(self) -> None:
-        """Adopt the buffers of the last canvas, whose scratch the next canvas may overwrite."""
-        if self._canvas is None or self.keys is None:
-            return
-        if self._canvas[0].shape[0] == self.keys.shape[0]:
-            self.keys, self.values = self._canvas
-        else:
-            self._spread = self._canvas
-        self._canvas = None
-
-    def release(self) -> None:
-        """Drop what only a canvas needed."""
-        self._canvas = self._spread = None
-
-    def trim(self, tokens: int) -> None:
-        self.length -= tokens
-        self.release()
-
-    def fork(self) -> LayerCache:
-        twin = LayerCache(self.window, self.keep)
-        twin.keys, twin.values, twin.length = self.keys, self.values, self.length
-        return twin
 
 
 @dataclass(frozen=True)
@@ -176,6 +55,7 @@ class Cache:
         self.labels: list[Label] = []
         self.snapshots: list[Snapshot] = []
         self.layers = [LayerCache(config.sliding_window if layer.is_sliding else None, keep) for layer in config.layers]
+        self._masks: dict[tuple[int, int, int | None], mx.array] = {}  # of a padded prefix, one for a kind of layer
         self._lock = threading.Lock()
 
     @property
@@ -186,6 +66,24 @@ class Cache:
     @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
+
+    @property
+    def positions(self) -> int | mx.array:
+        """The next token's position: one for all rows, or of each row [B] where some are padded."""
+        return self.offset if self.padding is None else self.offset - mx.array(self.padding)
+
+    def canvas_mask(self, count: int, window: int | None) -> mx.array | None:
+        """What a canvas of `count` tokens sees of a layer with this window: all that it keeps, except padding."""
+        before = self.offset if window is None else min(self.offset, window - 1)
+        first = self.offset - before
+        if self.padding is None or first >= max(self.padding):
+            return None
+        if (found := self._masks.get((self.offset, count, window))) is None:
+            keys = mx.arange(first, self.offset + count)
+            found = (keys >= mx.array(self.padding)[:, None])[:, None, None]
+            self._masks = {key: mask for key, mask in self._masks.items() if key[:2] == (self.offset, count)}
+            self._masks[self.offset, count, window] = found
+        return found
 
     def evaluate(self) -> None:
         """Compute what is still lazy, so that the cache can go to another thread."""
@@ -258,6 +156,21 @@ class Cache:
         self.layers, self.labels, self.offset = layers, list(labels), length
         self.padding, self.snapshots = None, []
 
+    def rows(self, indices: Sequence[int]) -> Cache:
+        """A cache of some of the rows, in this order; the two share nothing that is written to.
+
+        Raises IndexError where there is no such row.
+        """
+        count = self.arrays[0].shape[0] if self.arrays else 1
+        if not all(0 <= index < count for index in indices):
+            raise IndexError(f"this cache has rows 0 to {count - 1}, not {list(indices)}")
+        part = Cache(self.config, self.keep, self.snapshot_bytes)
+        part.offset = self.offset
+        part.padding = tuple(self.padding[index] for index in indices) if self.padding else None
+        part.labels = self.labels[:]
+        part.layers = [layer.rows(mx.array(indices)) for layer in self.layers]
+        return part
+
     @contextmanager
     def reserved(self) -> Iterator[None]:
         """Held by one request within this. Raises BusyError where another has it."""
@@ -312,13 +225,32 @@ class Cache:
         self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.offset <= tokens]
 
 
-def _with_room(array: mx.array, room: int) -> mx.array:
-    """`array` [B, heads, N, head_dim] with `room` more positions."""
-    return mx.pad(array, [(0, 0), (0, 0), (0, room), (0, 0)])
+class CacheRows:
+    """Caches of one row each, whose canvases are denoised as one batch, each at its own place after its own prefix.
 
+    Nothing is copied or padded to bring rows together, so they can come and go at any step. To encode, take a row's own
+    cache.
+    """
 
-def _written(buffer: mx.array, start: int, new: mx.array) -> mx.array:
-    """`buffer` with `new` at `start`; the caller's array stays what it was. In place where nobody else holds it."""
-    target = buffer[:]
-    target[:, :, start : start + new.shape[2]] = new
-    return target
+    def __init__(self, caches: Sequence[Cache]):
+        self.caches = tuple(caches)
+
+    @property
+    def layers(self) -> list[LayerRows]:
+        return [LayerRows(layers) for layers in zip(*(cache.layers for cache in self.caches), strict=True)]
+
+    @property
+    def positions(self) -> mx.array:
+        """The next token's position in each row, [B]."""
+        return mx.array([cache.offset for cache in self.caches])
+
+    def canvas_mask(self, count: int, window: int | None) -> None:
+        """No mask: every row sees all that it attends to."""
+
+    def settle(self) -> None:
+        for cache in self.caches:
+            cache.settle()
+
+    def release(self) -> None:
+        for cache in self.caches:
+            cache.release()

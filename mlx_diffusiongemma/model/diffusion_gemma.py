@@ -15,7 +15,7 @@ from ..config import FULL, SLIDING, LayerConfig, ModelConfig, TextConfig
 from ..errors import CheckpointError
 from ..options import GenerationOptions
 from . import vocabulary
-from .cache import SNAPSHOT_BYTES, Cache, Label
+from .cache import SNAPSHOT_BYTES, Cache, CacheRows, Label
 from .layers import MLP, Attention, Extend, SelfConditioning
 from .moe import Experts, Router
 from .vision import VisionModel, image_blocks
@@ -236,7 +236,7 @@ class DiffusionGemma(nn.Module):
         decoder = self.model.decoder
         offset, count = cache.offset, x.shape[1]
         masks = {kind: self._encoder_mask(kind, cache, count, blocks) for kind in (SLIDING, FULL)}
-        positions = self._positions(cache)
+        positions = cache.positions
         scalars = self.model.encoder.language_model.layers
         for config, layer, own, kept in zip(
             self.config.text.layers, decoder.layers, scalars, cache.layers, strict=True
@@ -245,16 +245,18 @@ class DiffusionGemma(nn.Module):
         cache.offset = offset + count
         return decoder.norm(x)
 
-    def denoise(self, canvas: mx.array, cache: Cache, self_conditioning: mx.array | None = None) -> mx.array:
+    def denoise(
+        self, canvas: mx.array, cache: Cache | CacheRows, self_conditioning: mx.array | None = None
+    ) -> mx.array:
         """Hidden states [B, L, H] of the canvas's tokens [B, L] after the cached prefix, which is only read.
 
         self_conditioning: what `soft_embedding` made of the previous step, [B, L, H]; None at the first step.
-        A cache of one row serves any B.
+        A cache of one row serves any B; `CacheRows` gives each row a prefix of its own.
         """
-        decoder = self.model.decoder
-        masks = {kind: self._canvas_mask(kind, cache, canvas.shape[1]) for kind in (SLIDING, FULL)}
+        decoder, window = self.model.decoder, self.config.text.sliding_window
+        masks = {SLIDING: cache.canvas_mask(canvas.shape[1], window), FULL: cache.canvas_mask(canvas.shape[1], None)}
         x = decoder.self_conditioning(self.embed(canvas), self_conditioning)
-        positions = self._positions(cache)
+        positions = cache.positions
         for config, layer, kept in zip(self.config.text.layers, decoder.layers, cache.layers, strict=True):
             x = layer(x, kept.with_canvas, positions, masks[config.kind], layer.layer_scalar)
         return decoder.norm(x)
@@ -267,10 +269,13 @@ class DiffusionGemma(nn.Module):
         """processed_logits [B, L, V], divided by the temperature -> [B, L, H], scaled by sqrt(H)."""
         return self._scaled(vocabulary.soft_embedding(self.model.decoder.embed_tokens, processed_logits))
 
-    def read_vocabulary(self, hidden: mx.array, temperature: float, key: mx.array | None = None) -> vocabulary.Reading:
+    def read_vocabulary(
+        self, hidden: mx.array, temperature: float | mx.array, key: mx.array | None = None
+    ) -> vocabulary.Reading:
         """tokens, sample, entropy and soft embedding of hidden [B, L, H] in one pass; no logits are kept.
 
-        key: PRNG key [2], or one per row [B, 2]. Without one nothing is drawn and no soft embedding computed.
+        temperature: one for all rows, or of each row, [B]. key: PRNG key [2], or one per row [B, 2]; without one
+        nothing is drawn and no soft embedding computed.
         """
         cap = self.config.text.final_logit_softcapping
         reading = vocabulary.read(self.model.decoder.embed_tokens, hidden, cap, temperature, key)
@@ -282,13 +287,14 @@ class DiffusionGemma(nn.Module):
         """Token ids [...] -> their embeddings [..., H], scaled by sqrt(H)."""
         return self._scaled(self.model.decoder.embed_tokens(tokens))
 
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The type of activations, keys and values: that of the norms, which are never quantized."""
+        return self.model.decoder.norm.weight.dtype
+
     def _scaled(self, embeddings: mx.array) -> mx.array:
         scale = vocabulary.embedding_scale(self.model.decoder.embed_tokens, self.config.text.hidden_size)
         return embeddings.astype(scale.dtype) * scale
-
-    def _positions(self, cache: Cache) -> int | mx.array:
-        """The next token's position: one for all rows, or per row where the batch is ragged."""
-        return cache.offset if cache.padding is None else cache.offset - mx.array(cache.padding)
 
     def _encoder_mask(self, kind: str, cache: Cache, count: int, blocks: list[Block]) -> mx.array | str | None:
         """Which of the visible tokens each of the next `count` may attend to: itself and those before it, in sliding
@@ -313,16 +319,6 @@ class DiffusionGemma(nn.Module):
         real = keys >= mx.array(cache.padding)[:, None, None, None]
         # A padding token sees itself: a row of nothing but -inf would turn into NaN and spread.
         return (mask & real) | (keys == queries)
-
-    def _canvas_mask(self, kind: str, cache: Cache, count: int) -> mx.array | None:
-        """A canvas sees everything that its layers keep, except padding."""
-        window = self.config.text.sliding_window if kind == SLIDING else None
-        before = cache.offset if window is None else min(cache.offset, window - 1)
-        first = cache.offset - before
-        if cache.padding is None or first >= max(cache.padding):
-            return None
-        keys = mx.arange(first, cache.offset + count)
-        return (keys >= mx.array(cache.padding)[:, None])[:, None, None]
 
 
 def chunk_bounds(count: int, blocks: Sequence[Block] = ()) -> Iterator[tuple[int, int]]:

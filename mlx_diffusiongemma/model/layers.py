@@ -14,7 +14,8 @@ from mlx_lm.models.rope_utils import initialize_rope
 from ..config import LayerConfig, TextConfig
 from .budgets import SCORE_BUDGET
 
-Extend = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
+Seen = tuple[mx.array, mx.array] | tuple[list[mx.array], list[mx.array]]  # keys and values, together or row by row
+Extend = Callable[[mx.array, mx.array], Seen]
 
 
 def fuse_elementwise(function: Callable) -> Callable:
@@ -56,6 +57,16 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array |
             )
         )
     return mx.concatenate(outputs, axis=2)
+
+
+def attend_rows(
+    queries: mx.array, keys: mx.array | list[mx.array], values: mx.array | list[mx.array], mask: mx.array | str | None
+) -> mx.array:
+    """`attend`, where keys and values can also be a list with those of each row, of any lengths and without a mask."""
+    if isinstance(keys, mx.array):
+        return attend(queries, keys, values, mask)
+    rows = zip(keys, values, strict=True)
+    return mx.concatenate([attend(queries[row : row + 1], *seen, None) for row, seen in enumerate(rows)])
 
 
 class Attention(nn.Module):
@@ -109,8 +120,7 @@ class Attention(nn.Module):
         queries = self.rope(self.q_norm(queries).transpose(0, 2, 1, 3), offset=offset)
         values = mx.fast.rms_norm(values, None, self.eps).transpose(0, 2, 1, 3)
         keys = self.rope(self.k_norm(keys).transpose(0, 2, 1, 3), offset=offset)
-        keys, values = extend(keys, values)
-        output = attend(queries, keys, values, mask)
+        output = attend_rows(queries, *extend(keys, values), mask)
         return self.o_proj(output.transpose(0, 2, 1, 3).flatten(2))
 
 

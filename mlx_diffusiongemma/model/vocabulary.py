@@ -146,7 +146,7 @@ def block_length(rows: int, vocabulary: int) -> int:
 def read(
     embedding: nn.Module, hidden: mx.array, cap: float, temperature: float | mx.array, key: mx.array | None
 ) -> Reading:
-    """One pass over the vocabulary for hidden [B, L, hidden], at `temperature` (> 0).
+    """One pass over the vocabulary for hidden [B, L, hidden], at `temperature` (> 0), one or of each row [B].
 
     key: a PRNG key [2] for all rows, or one per row [B, 2]; None draws nothing and leaves the soft embedding out.
     The soft embedding is unscaled.
@@ -155,6 +155,8 @@ def read(
     vocabulary = embedding.weight.shape[0]
     length = block_length(rows.shape[0], vocabulary)
     cap, temperature = mx.array(cap), mx.array(temperature, mx.float32)
+    if temperature.ndim:
+        temperature = mx.repeat(temperature, hidden.shape[1])[:, None]
     total = _Total()
     for number, block in enumerate(embedding_blocks(embedding, length)):
         start = number * length

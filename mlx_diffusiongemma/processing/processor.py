@@ -56,6 +56,8 @@ class Processor:
         # Embeddings can be padded: the model knows ids there that the tokenizer does not. They read as nothing.
         padding = dict.fromkeys(range(len(tokenizer), config.text.vocab_size), "")
         self._special = padding | special | named
+        # Whether replies begin with an empty thought, by the tokens that their prompts end with: see `filling.scoring`.
+        self.reply_openings: dict[tuple[int, ...], bool] = {}
 
     @classmethod
     def from_directory(cls, directory: str | Path, config: ModelConfig) -> Processor:
@@ -218,12 +220,19 @@ class Processor:
 
     def draft_text(self, tokens: Sequence[int]) -> str:
         """Decode `tokens` for display: without special tokens and without halves of characters."""
+        return "".join(self.token_texts(tokens))
+
+    def token_texts(self, tokens: Sequence[int]) -> list[str]:
+        """Say what each of `tokens` adds to the text that `draft_text` makes of them."""
         detokenizer = self.tokenizer.detokenizer
+        texts: list[str] = []
         for token in tokens:
             if token not in self._special:
                 detokenizer.add_token(token)
+            texts.append(detokenizer.last_segment)
         detokenizer.finalize()
-        return detokenizer.text.replace("\ufffd", "")
+        texts[-1:] = [text + detokenizer.last_segment for text in texts[-1:]]
+        return [text.replace("\ufffd", "") for text in texts]
 
     def _token_prompt(self, tokens: Sequence[int]) -> Prompt:
         self._check_vocabulary(tokens)

@@ -37,7 +37,8 @@ from random_models import OPTIONS, config_json, in_mlx_vlm, random_model, true_p
 
 from mlx_diffusiongemma.config import FULL, SLIDING
 from mlx_diffusiongemma.generation.canvas import Canvas
-from mlx_diffusiongemma.generation.denoising import CanvasRun
+from mlx_diffusiongemma.generation.denoising import Denoising, Job
+from mlx_diffusiongemma.generation.sampling import Draws
 from mlx_diffusiongemma.model.diffusion_gemma import DiffusionGemma
 
 VOCABULARY = 262_144
@@ -217,7 +218,9 @@ def our_canvas(model: DiffusionGemma, length: int) -> None:
     cache = model.make_cache()
     model.encode(mx.arange(PREFIX)[None], cache)
     start = Canvas([]).part(0, length)
-    for _ in CanvasRun(model, cache, OPTIONS, [start], VOCABULARY, seed=1).steps():
+    run = Denoising(model, OPTIONS, VOCABULARY)
+    run.add(Job(start, cache, Draws(seed=1)))
+    for _ in run.steps():
         pass
 
 

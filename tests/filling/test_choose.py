@@ -1,12 +1,13 @@
 """Probabilities of given replies, without writing any."""
 
 import math
+import threading
 
 import mlx.core as mx
 import pytest
 
-from mlx_diffusiongemma import PromptError, choose, generate, load
-from mlx_diffusiongemma.filling.scoring import Probe, empty_thought, log_probabilities, mean_probability, noise_canvases
+from mlx_diffusiongemma import Done, Prefill, PromptError, choose, generate, load
+from mlx_diffusiongemma.filling.scoring import Probe, log_mean, log_probabilities, noise_canvases, reply_opening
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +66,10 @@ class Opener:
 
     def __init__(self, token):
         self.token = token
+        self.asked = 0
 
     def denoise(self, canvas, cache, self_conditioning=None):
+        self.asked += 1
         return mx.zeros((*canvas.shape, 1))
 
     def logits(self, hidden):
@@ -78,16 +81,41 @@ def test_an_empty_thought_comes_first_where_the_model_opens_with_one(demo):
     prompt, canvases = processor.prompt("sort 312"), noise_canvases(0, 2, 64, 384)
     cache = model.make_cache()
     model.encode(mx.array([prompt.tokens]), cache)
-    assert empty_thought(model, processor, prompt, cache, canvases) == []  # this one replies at once
+    processor.reply_openings.clear()
+    assert reply_opening(model, processor, prompt, cache, canvases) == []  # this one replies at once
     marker = processor.tokenizer.get_vocab()["<|channel>"]
-    block = empty_thought(Opener(marker), processor, prompt, cache, canvases)
+    opener = Opener(marker)
+    assert reply_opening(opener, processor, prompt, cache, canvases) == [] and not opener.asked  # which is remembered
+    processor.reply_openings.clear()
+    block = reply_opening(opener, processor, prompt, cache, canvases)
     assert processor.tokenizer.decode(block) == "<|channel>thought\n<channel|>"
+    assert reply_opening(opener, processor, processor.prompt("reverse ab"), cache, canvases) == block
+    assert opener.asked == 1
     opened = processor.prompt([*prompt.tokens, *block])
-    assert empty_thought(Opener(marker), processor, opened, cache, canvases) == []
+    assert reply_opening(opener, processor, opened, cache, canvases) == []
+    processor.reply_openings.clear()
+
+
+def test_a_kept_cache_is_used_and_a_busy_one_refused(demo):
+    cache, events = demo[0].make_cache(), []
+    choices = ["123", "132"]
+    first = choose(*demo, "sort 312", choices, seed=0, cache=cache, on_event=events.append)
+    again = choose(*demo, "sort 312", choices, seed=0, cache=cache, on_event=events.append)
+    assert again == pytest.approx(first) and first == pytest.approx(choose(*demo, "sort 312", choices, seed=0))
+    done = [event.stats for event in events if isinstance(event, Done)]
+    assert (done[0].cached_tokens, done[1].cached_tokens) == (0, done[1].prompt_tokens)
+    assert isinstance(events[0], Prefill)
+
+
+def test_cancelled_it_decides_nothing(demo):
+    cancel = threading.Event()
+    cancel.set()
+    assert choose(*demo, "sort 312", ["123", "132"], cancel=cancel) == {}
 
 
 def test_the_mean_is_of_probabilities():
-    assert math.isclose(mean_probability([math.log(0.2), math.log(0.6)]), 0.4, rel_tol=1e-6)
+    assert math.isclose(log_mean([math.log(0.2), math.log(0.6)]), math.log(0.4), rel_tol=1e-6)
+    assert math.isclose(log_mean([-2000.0, -2000.0]), -2000.0)
 
 
 @pytest.mark.parametrize(

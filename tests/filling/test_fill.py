@@ -68,7 +68,8 @@ def test_a_restricted_position_takes_allowed_tokens_only(demo):
     allowed = [[(10, 20, 30), None, (5, 6)], [None, (5, 6), None]]
     hidden = mx.random.normal((2, 3, 128), key=mx.random.key(1))
     keys = mx.stack([mx.random.key(2), mx.random.key(3)])
-    reading = Restricted(model, model, allowed).read_vocabulary(hidden, 0.7, keys)
+    restricted = Restricted(model, model, {"a": allowed[0], "left": [(1,)] * 3, "b": allowed[1]})
+    reading = restricted.read(hidden, 0.7, keys, ["a", "b"])
     plain = model.read_vocabulary(hidden, 0.7, keys)
     logits = model.logits(hidden) / 0.7
     for row in range(2):
@@ -84,7 +85,7 @@ def test_a_restricted_position_takes_allowed_tokens_only(demo):
             assert reading.tokens[at].item() == ids[own.argmax().item()] and reading.sample[at].item() in ids
             assert np.isclose(reading.entropy[at].item(), -(own * mx.log(own)).sum().item(), atol=1e-4)
             assert np.allclose(reading.soft_embedding[at], own @ model.embed(mx.array(ids)), atol=1e-4)
-    last = Restricted(model, model, allowed).read_vocabulary(hidden, 0.7)
+    last = restricted.read(hidden, 0.7, None, ["a", "b"])
     assert last.sample is None and last.soft_embedding is None and last.tokens[0, 2].item() in (5, 6)
 
 

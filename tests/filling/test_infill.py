@@ -15,8 +15,8 @@ from mlx_diffusiongemma.cli import app
 from mlx_diffusiongemma.config import FULL, SLIDING
 from mlx_diffusiongemma.filling.gaps import Filling, Gap, lay_out, lengths_up_to
 from mlx_diffusiongemma.filling.search import GapFiller
-from mlx_diffusiongemma.generation.denoising import CanvasRun
-from mlx_diffusiongemma.generation.replying import request_options
+from mlx_diffusiongemma.generation.denoising import Denoising
+from mlx_diffusiongemma.generation.request import make_request
 from mlx_diffusiongemma.model import diffusion_gemma
 
 QUESTIONS = Path(__file__).parents[1] / "data" / "tiny" / "prompts.jsonl"
@@ -119,16 +119,16 @@ def test_how_many_rows_are_computed_at_once_changes_nothing(demo, at_once, monke
 
     def run():
         shown = []
-        original = CanvasRun.steps
+        original = Denoising.step
 
-        def steps(self):
-            for step in original(self):
-                shown.append(step.tokens)
-                yield step
+        def step(self):
+            found = original(self)
+            shown.append([own.tokens for own in found])
+            return found
 
-        monkeypatch.setattr(CanvasRun, "steps", steps)
+        monkeypatch.setattr(Denoising, "step", step)
         result = infill(*demo, parts, None, GenerationOptions(seed=0, max_steps=3))
-        monkeypatch.setattr(CanvasRun, "steps", original)
+        monkeypatch.setattr(Denoising, "step", original)
         return result, shown
 
     whole, all_rows = run()
@@ -174,10 +174,11 @@ class AfterSteps(threading.Event):
         return self.left < 0
 
 
-@pytest.mark.parametrize(("times", "steps"), [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2)])
+@pytest.mark.parametrize(("times", "steps"), [(0, 0), (1, 0), (2, 0), (3, 1), (4, 2), (6, 4), (7, 4)])
 def test_cancelling_leaves_the_holes_open(demo, times, steps):
     """While reading the prompt, asking for a thought, denoising and scoring."""
     parts = ["abc", Hole(6), "hij"]
+    demo[1].reply_openings.clear()
     result = infill(*demo, parts, "reverse jihgfedcba", FEW, cancel=AfterSteps(times))
     assert result.finish_reason == "cancelled" and result.text == "abchij" and result.holes == []
     assert sum(result.stats.steps) == steps
@@ -196,16 +197,9 @@ def test_cancelling_keeps_what_is_filled(demo):
 
 def test_cancelling_frees_the_canvas(demo):
     model, processor = demo
-    filler = GapFiller(
-        model,
-        processor,
-        processor.prompt("sort 312"),
-        [Gap((Filling((None,) * 4), Filling((None,) * 5)))],
-        None,
-        request_options(model, FEW),
-        replies=False,
-        cancel=AfterSteps(2),
-    )
+    request = make_request(model, processor, "sort 312", options=FEW, cancel=AfterSteps(3))
+    gap = Gap((Filling((None,) * 4), Filling((None,) * 5)))
+    filler = GapFiller(model, processor, request, [gap], None, [processor.draft_text], replies=False)
     filler.run()
     assert filler.finish_reason == "cancelled" and filler.steps == [2]
     assert all(layer._canvas is None and layer._spread is None for layer in filler.cache.layers)

@@ -13,6 +13,7 @@ from mlx_diffusiongemma.events import Commit, Draft
 
 LENGTH = 8
 EMPTY = sure("", LENGTH)
+STEPS = 2  # of an attempt
 ATTEMPT = 3  # two steps, and the one that is prepared meanwhile
 
 
@@ -23,7 +24,7 @@ def scripted(*steps: mx.array | list[mx.array]) -> ScriptedModel:
 
 def test_an_empty_first_canvas_is_denoised_again():
     """The third attempt speaks."""
-    model = scripted(*[EMPTY] * 2 * ATTEMPT, sure("hello", LENGTH))
+    model = scripted(*[EMPTY] * 2 * STEPS, sure("hello", LENGTH))
     events = list(stream(model, ByteProcessor(), "q", seed=0))
     stats = events[-1].stats
     assert [event.text for event in events if isinstance(event, Commit)] == ["hello"]
@@ -51,7 +52,7 @@ def test_a_reply_that_stays_empty_says_so(retries):
 
 
 def test_without_retries_the_model_has_its_way():
-    model = scripted(*[EMPTY] * ATTEMPT, sure("hello", LENGTH))
+    model = scripted(*[EMPTY] * STEPS, sure("hello", LENGTH))
     result = generate(model, ByteProcessor(), "q", options=GenerationOptions(retries=0))
     assert (result.text, result.stats.retries, len(model.canvases)) == ("", 0, ATTEMPT)
     assert result.note.startswith("The model ended its reply before the first word;")
@@ -61,7 +62,7 @@ def test_without_retries_the_model_has_its_way():
 
 
 def test_only_the_first_canvas_and_only_the_models_own_is_denoised_again():
-    model = scripted(*[sure("ABCDEFGH", LENGTH)] * ATTEMPT, EMPTY)
+    model = scripted(*[sure("ABCDEFGH", LENGTH)] * STEPS, EMPTY)
     result = generate(model, ByteProcessor(), "q")
     assert (result.text, result.stats.retries, result.stats.steps, result.note) == ("ABCDEFGH", 0, [2, 2], "")
     model = scripted(EMPTY)
@@ -70,18 +71,16 @@ def test_only_the_first_canvas_and_only_the_models_own_is_denoised_again():
 
 
 def test_in_a_batch_only_empty_rows_are_denoised_again():
-    """The first row is done after the first attempt; what the later ones show of it does not count."""
+    """The first row is done after the first attempt and leaves."""
     other = sure("XXXX", LENGTH)
-    model = scripted(
-        *[[sure("one", LENGTH), EMPTY]] * ATTEMPT, *[[other, EMPTY]] * ATTEMPT, [other, sure("two", LENGTH)]
-    )
+    model = scripted(*[[sure("one", LENGTH), EMPTY]] * STEPS, *[[other, EMPTY]] * STEPS, [other, sure("two", LENGTH)])
     one, two = generate_batch(model, ByteProcessor(), ["a", "b"], seed=0)
     assert (one.text, one.stats.retries, one.stats.steps) == ("one", 0, [2])
     assert (two.text, two.stats.retries, two.stats.steps) == ("two", 2, [6])
 
 
 def test_a_cancelled_attempt_is_the_last():
-    cancelled = iter([False, False, True])
+    cancelled = iter([False, False, False, True])
     model = scripted(EMPTY)
     result = generate(model, ByteProcessor(), "q", cancel=SimpleNamespace(is_set=lambda: next(cancelled, True)))
     assert (result.finish_reason, result.note) == ("cancelled", "") and len(model.canvases) == ATTEMPT

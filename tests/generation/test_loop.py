@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -130,7 +131,7 @@ def test_draws_depend_on_seed_row_canvas_and_step_only():
     def canvases(seed, prompts, **options):
         model = scripted([unsure(LENGTH)] * len(prompts))
         settings = GenerationOptions(max_steps=3, max_tokens=2 * LENGTH, **options)
-        generate_batch(model, ByteProcessor(), prompts, options=settings, seed=seed)
+        list(generate_batch(model, ByteProcessor(), prompts, options=settings, seed=seed))
         return np.array(mx.stack(model.canvases))
 
     single = canvases(7, ["a"])
@@ -148,14 +149,37 @@ def test_a_batch_is_a_list(prompts):
         generate_batch(scripted(unsure(LENGTH)), ByteProcessor(), prompts)
 
 
-def test_batches_freeze_finished_rows():
+def test_a_finished_row_leaves_the_batch():
     fast, slow = sure("fast", LENGTH), sure("slow", LENGTH)
     model = scripted([fast, unsure(LENGTH)], [fast, unsure(LENGTH)], [sure("XXXX", LENGTH), slow])
-    results = generate_batch(model, ByteProcessor(), ["a", "bb"], seed=0)
-    assert [result.text for result in results] == ["fast", "slow"]
-    assert [result.stats.steps for result in results] == [[2], [4]]
-    frozen = mx.stack(model.canvases[2:])[:, 0]
-    assert (frozen == frozen[0]).all()
+    results = list(generate_batch(model, ByteProcessor(), ["a", "bb"], seed=0))
+    assert [(result.index, result.text, result.stats.steps) for result in results] == [
+        (0, "fast", [2]),
+        (1, "slow", [4]),
+    ]
+    assert model.rows_settled == 2 + 4
+    assert [cache.released > 0 for cache in model.caches] == [True, True]
+
+
+def test_waiting_prompts_take_the_place_of_finished_ones():
+    """Replies of one and of three canvases, two at a time: whoever is done makes room, and results come as they end."""
+    one, three = sure("one", LENGTH), sure("ABCDEFGH", LENGTH)
+    rows = [three, one, one, one]
+    model = ScriptedModel([mx.stack(rows)], LENGTH)
+    settings = GenerationOptions(max_tokens=3 * LENGTH)
+    results = list(generate_batch(model, ByteProcessor(), ["a", "b", "c", "d"], options=settings, seed=0, rows=2))
+    assert [result.index for result in results] == [1, 2, 0, 3] or [result.index for result in results] == [1, 2, 3, 0]
+    assert sorted(result.text for result in results) == ["ABCDEFGH" * 3, "one", "one", "one"]
+    assert model.rows_settled == 3 * 2 + 3 * 2 and model.most_rows == 2
+
+
+def test_results_come_while_others_are_written():
+    rows = [sure("one", LENGTH), sure("ABCDEFGH", LENGTH)]
+    model = ScriptedModel([mx.stack(rows)], LENGTH)
+    results = generate_batch(model, ByteProcessor(), ["a", "b"], max_tokens=40 * LENGTH, seed=0)
+    assert next(results).text == "one" and len(model.canvases) < 10
+    results.close()
+    assert all(cache.released for cache in model.caches)
 
 
 def test_pinned_positions_never_change_and_take_no_part_in_stopping():
@@ -221,7 +245,7 @@ def test_options_left_open_are_the_checkpoints():
     result = generate(model, ByteProcessor(), "q", options=GenerationOptions(max_tokens=LENGTH))
     assert result.stats.steps == [model.options.max_steps]
     model = scripted(unsure(4), length=4)
-    model.config.canvas_length = LENGTH
+    model.config = replace(model.config, canvas_length=LENGTH)
     generate(model, ByteProcessor(), "q", options=GenerationOptions(max_tokens=4, canvas_length=4))
     assert model.canvases[-1].shape == (1, 4)
 

@@ -8,7 +8,8 @@ import pytest
 from scripted import VOCABULARY, ByteProcessor, ScriptedCache, ScriptedModel, sure, unsure
 
 from mlx_diffusiongemma import Canvas, GenerationOptions, generate, load
-from mlx_diffusiongemma.generation.denoising import CanvasRun
+from mlx_diffusiongemma.generation.denoising import Denoising, Job
+from mlx_diffusiongemma.generation.sampling import Draws
 
 LENGTH = 12
 
@@ -17,6 +18,14 @@ def random_start(draw, length):
     """Tokens (some of them noise) and pins on some of those that are given."""
     tokens = [draw.randrange(VOCABULARY) if draw.random() < 0.6 else None for _ in range(length)]
     return Canvas(tokens, [token is not None and draw.random() < 0.7 for token in tokens])
+
+
+def denoise(model, options, starts, seed):
+    """The steps of several canvases after one prefix."""
+    run, cache = Denoising(model, options, VOCABULARY), ScriptedCache()
+    for row, start in enumerate(starts):
+        run.add(Job(start, cache, Draws(seed, row)))
+    return run.steps()
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -28,14 +37,14 @@ def test_pinned_tokens_never_move(seed):
     model = ScriptedModel(logits, LENGTH)
     options = GenerationOptions(max_steps=steps, entropy_bound=draw.choice([0.1, 5.0])).filled_from(model.options)
     starts = [random_start(draw, LENGTH) for _ in range(rows)]
-    run = CanvasRun(model, ScriptedCache(), options, starts, VOCABULARY, seed=seed)
-    shown = list(run.steps())
+    shown = list(denoise(model, options, starts, seed))
+    assert [len(step) for step in shown] == [rows] * steps
     for row, start in enumerate(starts):
         pinned = np.array(start.pinned)
         tokens = np.array([token or 0 for token in start.tokens])[pinned]
         for step in shown:
-            assert (np.array(step.tokens[row])[pinned] == tokens).all()
-            assert not np.array(step.accepted[row])[pinned].any()
+            assert (np.array(step[row].tokens)[pinned] == tokens).all()
+            assert not np.array(step[row].accepted)[pinned].any()
         for canvas in model.canvases:
             assert (np.array(canvas)[row][pinned] == tokens).all()
         for soft in model.conditions[1:]:
@@ -59,9 +68,8 @@ def test_a_pinned_position_takes_nothing_of_the_entropy_budget():
     logits = mx.concatenate([unsure(1), sure("ab", 2, sharpness=8.0)])[None]
     model = ScriptedModel([logits], 3)
     canvas = Canvas([5], pinned=[True])
-    run = CanvasRun(model, ScriptedCache(), model.options, [canvas.part(0, 3)], VOCABULARY, seed=0)
-    first = next(run.steps())
-    assert first.accepted == [[False, True, True]]
+    [first] = next(denoise(model, model.options, [canvas.part(0, 3)], seed=0))
+    assert first.accepted == [False, True, True]
 
 
 def test_an_empty_mask_changes_nothing(demo_float32):

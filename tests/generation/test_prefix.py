@@ -19,7 +19,8 @@ from mlx_diffusiongemma.events import Done, Draft, Event, Prefill
 from mlx_diffusiongemma.generation.prefix import encode_prompt
 from mlx_diffusiongemma.generation.replying import collect
 from mlx_diffusiongemma.model import diffusion_gemma
-from mlx_diffusiongemma.model.cache import Cache, LayerCache
+from mlx_diffusiongemma.model.cache import Cache
+from mlx_diffusiongemma.model.layer_cache import LayerCache
 from mlx_diffusiongemma.processing.images import prepare_image
 from mlx_diffusiongemma.processing.processor import Prompt
 
@@ -219,14 +220,14 @@ def test_a_cache_in_use_is_refused_until_the_request_is_over(demo, way, monkeypa
 
 def test_of_two_threads_one_gets_the_cache(demo):
     model, processor = demo
-    cache, together, found = model.make_cache(), threading.Barrier(2), []
+    cache, together, found = model.make_cache(), threading.Barrier(2, timeout=60), []
     requests = [stream(model, processor, "sort 312", cache=cache, seed=0, max_tokens=8) for _ in range(2)]
 
     def begin(events):
         together.wait()
         try:
             found.append(next(events))
-        except PromptError as error:
+        except BusyError as error:
             found.append(error)
         together.wait()  # neither is over before both have tried
 
@@ -235,7 +236,7 @@ def test_of_two_threads_one_gets_the_cache(demo):
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(type(each).__name__ for each in found) == ["Prefill", "PromptError"]
+    assert sorted(type(each).__name__ for each in found) == ["BusyError", "Prefill"]
 
 
 def image_prompt(processor, *colours: str, question: str = "colors?") -> Prompt:

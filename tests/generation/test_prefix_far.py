@@ -62,7 +62,7 @@ def test_masks_are_by_definition(model, offset, blocks):
             assert made == "causal" and (expected == (keys <= queries)).all()
         else:
             assert np.array_equal(np.array(made), expected)
-        assert model._canvas_mask(kind, cache, CANVAS) is None
+        assert cache.canvas_mask(CANVAS, model.config.text.sliding_window if kind == SLIDING else None) is None
 
 
 def test_a_prompt_and_its_canvas_are_the_same_anywhere():

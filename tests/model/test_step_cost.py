@@ -16,8 +16,10 @@ from random_models import OPTIONS, config_json, in_mlx_vlm, random_model, true_p
 
 from mlx_diffusiongemma.config import FULL
 from mlx_diffusiongemma.generation.canvas import Canvas
-from mlx_diffusiongemma.generation.denoising import CanvasRun
+from mlx_diffusiongemma.generation.denoising import Denoising, Job, Step
+from mlx_diffusiongemma.generation.sampling import Draws
 from mlx_diffusiongemma.model import layers, moe, vocabulary
+from mlx_diffusiongemma.model.cache import Cache
 from mlx_diffusiongemma.model.diffusion_gemma import DiffusionGemma
 
 CANVAS, PREFIX, VOCABULARY = 32, 40, 128
@@ -136,13 +138,20 @@ def blocking_reads() -> Iterator[list[str]]:
         yield seen
 
 
+def denoise(model: DiffusionGemma, cache: Cache, starts: list[Canvas], seed: int) -> Iterator[list[Step]]:
+    run = Denoising(model, OPTIONS, VOCABULARY)
+    for row, start in enumerate(starts):
+        run.add(Job(start, cache, Draws(seed, row)))
+    return run.steps()
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_one_blocking_read_a_step(rows):
     model = random_model(config_json(true_pattern(6), CANVAS), None)
     cache = prefilled(model)
     starts = [Canvas([]).part(0, CANVAS)] * rows
     with blocking_reads() as seen:
-        steps = list(CanvasRun(model, cache, OPTIONS, starts, VOCABULARY, seed=1).steps())
+        steps = list(denoise(model, cache, starts, seed=1))
     assert len(steps) == OPTIONS.max_steps
     assert seen == ["np.array"] * len(steps)
 
@@ -175,7 +184,7 @@ def test_the_loop_writes_keys_and_values_in_place():
     cache.evaluate()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    for _ in CanvasRun(model, cache, OPTIONS, [Canvas([]).part(0, 4)], VOCABULARY, seed=2).steps():
+    for _ in denoise(model, cache, [Canvas([]).part(0, 4)], seed=2):
         pass
     assert mx.get_peak_memory() - before < 0.5 * cache.nbytes
 

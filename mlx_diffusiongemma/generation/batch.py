@@ -1,0 +1,80 @@
+"""Many prompts at once: as many replies in flight as memory allows, each the one that its prompt gets alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mlx.utils import tree_flatten
+
+from ..checkpoints.accounting import batch_bytes
+from ..checkpoints.memory import usable_bytes
+from ..errors import PromptError
+from ..events import Commit, Done, Event, Result
+from ..model.budgets import BATCH_ROWS
+from .replying import collect, reply
+from .request import Request, make_request, request_options
+from .sampling import seed_of_row
+
+if TYPE_CHECKING:
+    from ..model.diffusion_gemma import DiffusionGemma
+    from ..options import GenerationOptions
+    from ..processing.processor import Processor
+    from .request import PromptLike
+
+
+def generate_batch(
+    model: DiffusionGemma,
+    processor: Processor,
+    prompts: Sequence[PromptLike],
+    *,
+    options: GenerationOptions | None = None,
+    max_tokens: int | None = None,
+    seed: int | None = None,
+    cancel: threading.Event | None = None,
+    rows: int = BATCH_ROWS,
+) -> Iterator[Result]:
+    """Reply to several prompts of any lengths, and give each result as soon as it is there.
+
+    `Result.index` is the place of its prompt, `Result.seed` the seed with which `generate` gives the same text. rows:
+    most replies that are denoised together; fewer where memory does not allow as many. A prompt waits until a reply
+    ends. Setting `cancel`, or closing the iterator, stops all within one step. Raises PromptError before anything is
+    computed.
+    """
+    if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
+        raise PromptError(f"A batch is a list of prompts, not a {type(prompts).__name__}; give a single one in a list.")
+    if not prompts:
+        raise PromptError("The batch has no prompt; give at least one.")
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+        raise PromptError(f"rows is {rows!r}; give a whole number of at least 1.")
+    settings = request_options(model, options, max_tokens, seed)
+    requests = [
+        make_request(
+            model, processor, prompt, options=replace(settings, seed=seed_of_row(settings.seed, index)), cancel=cancel
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+    return _results(model, processor, requests, settings, rows)
+
+
+def _results(
+    model: DiffusionGemma, processor: Processor, requests: list[Request], options: GenerationOptions, rows: int
+) -> Iterator[Result]:
+    room = usable_bytes() - sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    item = model.dtype.size
+    most = model.config.text.max_position_embeddings
+
+    def fits(together: Sequence[Request]) -> bool:
+        contexts = [min(len(request.prompt.tokens) + options.max_tokens, most) for request in together]
+        return len(together) <= rows and batch_bytes(model.config, contexts, item) <= room
+
+    replies: dict[int, list[Event]] = {}
+    with closing(reply(model, processor, requests, options, fits)) as events:
+        for index, event in events:
+            if isinstance(event, Commit | Done):
+                replies.setdefault(index, []).append(event)
+            if isinstance(event, Done):
+                yield replace(collect(replies.pop(index)), index=index)
