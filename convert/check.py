@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from ..checkpoints.safetensors import INDEX_NAME, ITEM_BYTES, Entry, read_checkpoint_headers
-from ..config import ModelConfig, read_json
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.safetensors import INDEX_NAME, ITEM_BYTES, Entry
+from ..config import read_json
 from ..errors import CheckpointError, DiffusionGemmaError
 from ..options import GenerationOptions
 from ..paths import user_path
@@ -20,6 +21,7 @@ from .writing.packaging import check_tokenizer
 
 SAMPLE = 'Grüße, 世界! {"naïve": 🙂}\n'
 Tell = Callable[[str], None]
+Check = Callable[[Checkpoint], Iterator[str]]  # what is wrong, one sentence each
 
 
 def check_checkpoint(directory: str | Path, tell: Tell | None = None) -> list[str]:
@@ -35,12 +37,16 @@ def check_files(directory: Path) -> list[str]:
     return _run(directory, dict(list(CHECKS.items())[:3]), lambda _: None)
 
 
-def _run(directory: Path, checks: Mapping[str, Callable[[Path], Iterator[str]]], tell: Tell) -> list[str]:
+def _run(directory: Path, checks: Mapping[str, Check], tell: Tell) -> list[str]:
+    try:
+        checkpoint = Checkpoint.in_directory(directory)
+    except CheckpointError as error:
+        return [str(error)]
     problems: list[str] = []
     for name, check in checks.items():
         tell(name)
         try:
-            problems += check(directory)
+            problems += check(checkpoint)
         except DiffusionGemmaError as error:
             problems.append(str(error))
         if problems and name in NEEDED_BY_THE_REST:
@@ -48,44 +54,42 @@ def _run(directory: Path, checks: Mapping[str, Callable[[Path], Iterator[str]]],
     return problems
 
 
-def _configuration(directory: Path) -> Iterator[str]:
-    ModelConfig.from_directory(directory)
-    options = GenerationOptions.from_checkpoint(directory)
-    if not options.end_tokens:
-        yield f"{directory} names no end token, so that replies never end; convert it again."
-    check_tokenizer(directory)
+def _configuration(checkpoint: Checkpoint) -> Iterator[str]:
+    if not checkpoint.options.end_tokens:
+        yield f"{checkpoint.directory} does not say which tokens end a reply; add eos_token_id to its config.json."
+    check_tokenizer(checkpoint.directory)
 
 
-def _layout(directory: Path) -> Iterator[str]:
+def _layout(checkpoint: Checkpoint) -> Iterator[str]:
     """Names, shapes and types against the configuration, and the configuration against the names."""
-    config, entries = ModelConfig.from_directory(directory), read_checkpoint_headers(directory)
-    if any(layout_name(name) != name for name in entries):
+    directory, tensors = checkpoint.directory, checkpoint.tensors
+    if any(layout_name(name) != name for name in tensors):
         yield f"{directory} is not converted, or not all of it; convert it with `mlx-dg convert {directory}`."
         return
-    paths = {weight.path for weight in find_weights(entries.values(), config)}
-    overrides = config.quantization.overrides if config.quantization else None
+    paths = {weight.path for weight in find_weights(tensors.values(), checkpoint.config)}
+    quantization = checkpoint.config.quantization
+    overrides = quantization.overrides if quantization else None
     for path in sorted(set(overrides or {}) - paths):
         yield f"config.json says how {path} is quantized, which the model does not have; convert it again."
-    total = sum(entry.nbytes for entry in entries.values())
+    total = checkpoint.nbytes
     if (directory / INDEX_NAME).is_file():
         said = (read_json(directory / INDEX_NAME).get("metadata") or {}).get("total_size", total)
         if said != total:
             yield f"{INDEX_NAME} says {said:,} bytes, but the tensors have {total:,}; download or convert it again."
 
 
-def _hashes(directory: Path) -> Iterator[str]:
-    for name in sorted({entry.file for entry in read_checkpoint_headers(directory).values()}):
-        known = known_sha256(directory / name)
-        if known and file_sha256(directory / name) != known:
+def _hashes(checkpoint: Checkpoint) -> Iterator[str]:
+    for name in sorted({entry.file for entry in checkpoint.tensors.values()}):
+        known = known_sha256(checkpoint.directory / name)
+        if known and file_sha256(checkpoint.directory / name) != known:
             yield f"{name} has changed: its SHA-256 is not {known}; download or convert it again."
 
 
-def _values(directory: Path) -> Iterator[str]:
+def _values(checkpoint: Checkpoint) -> Iterator[str]:
     """Every byte of every tensor is read, and every float must be finite."""
-    entries = read_checkpoint_headers(directory).values()
-    with UncheckedFiles(directory) as files:
+    with UncheckedFiles(checkpoint.directory) as files:
         reader = Reader(files)
-        for entry in entries:
+        for entry in checkpoint.tensors.values():
             try:
                 _read_all(reader, entry)
             except CheckpointError as error:
@@ -108,32 +112,31 @@ def _read_all(reader: Reader, entry: Entry) -> None:
         reader.rows(column, first, min(step, size - first))
 
 
-def _tokenizer(directory: Path) -> Iterator[str]:
+def _tokenizer(checkpoint: Checkpoint) -> Iterator[str]:
     from ..processing.processor import Processor
 
-    config = ModelConfig.from_directory(directory)
-    processor = Processor.from_directory(directory, config)
+    processor = Processor.from_directory(checkpoint.directory, checkpoint.config)
     tokens = processor.tokenizer.encode(SAMPLE, add_special_tokens=False)
     if processor.tokenizer.decode(tokens) != SAMPLE:
         yield "The tokenizer does not give a text back as it was; copy the model's own tokenizer files there."
     prompt = processor.prompt("Hello")
-    if max(*tokens, *prompt.tokens) >= config.text.vocab_size:
+    if max(*tokens, *prompt.tokens) >= checkpoint.config.text.vocab_size:
         yield "The tokenizer has ids beyond the model's vocabulary; copy the model's own tokenizer files there."
 
 
-def _canvas(directory: Path) -> Iterator[str]:
+def _canvas(checkpoint: Checkpoint) -> Iterator[str]:
     from ..checkpoints.loading import load
     from ..events import Draft
     from ..generation.replying import stream
 
-    model, processor = load(directory)
+    model, processor = load(checkpoint.directory)
     options = GenerationOptions(max_steps=2, max_tokens=model.config.canvas_length, seed=0)
     drafts = [event for event in stream(model, processor, "Hello", options=options) if isinstance(event, Draft)]
     if not drafts or not all(math.isfinite(value) for draft in drafts for value in draft.entropy):
         yield "Denoising a canvas gives values that are not finite; convert the checkpoint again, in bfloat16."
 
 
-CHECKS: dict[str, Callable[[Path], Iterator[str]]] = {
+CHECKS: dict[str, Check] = {
     "configuration": _configuration,
     "names, shapes and types": _layout,
     "hashes": _hashes,

@@ -104,7 +104,7 @@ class Plan:
 
     def running_bytes(self, context: int = CONTEXT) -> int:
         """Memory for the weights, the K/V of `context` tokens and one denoising step: about, not to the byte."""
-        return memory_needed(self.config, self.total_bytes, context).total
+        return memory_needed(self.config, self.total_bytes, context, ITEM_BYTES[DTYPES[self.dtype]]).total
 
     def render(self, errors: Mapping[str, float] | None = None) -> str:
         """The plan as a person reads it; with the relative error of every group, if they are known."""

@@ -68,14 +68,14 @@ class GenerationOptions:
             raise PromptError(f"end_tokens takes a list of token ids, not {self.end_tokens!r}.")
 
     @classmethod
-    def from_checkpoint(cls, directory: str | Path) -> GenerationOptions:
+    def from_checkpoint(cls, directory: str | Path, config: dict[str, Any] | None = None) -> GenerationOptions:
         """The checkpoint's own settings, filled in with the reference's defaults where it says nothing.
 
         End tokens are the union of config.json's and generation_config.json's: each file leaves some out.
-        Raises CheckpointError.
+        config: what config.json holds, where that is read already. Raises CheckpointError.
         """
         directory = Path(directory)
-        config = read_json(directory / "config.json")
+        config = read_json(directory / "config.json") if config is None else config
         path = directory / "generation_config.json"
         generation = read_json(path) if path.exists() else config.get("generation_config") or {}
         inside = [check_object(config.get(name) or {}, name) for name in ("text_config", "generation_config")]
@@ -93,7 +93,7 @@ class GenerationOptions:
         }
         given = {name: value for name, value in settings.items() if value is not None}
         try:
-            return cls(**{**REFERENCE_SETTINGS, **given}, end_tokens=tuple(end_tokens))
+            return replace(REFERENCE_SETTINGS, **given, end_tokens=tuple(end_tokens))
         except PromptError as error:
             raise CheckpointError(f"{path}: {error}") from None
 
@@ -103,30 +103,10 @@ class GenerationOptions:
         return replace(self, **{name: getattr(checkpoint, name) for name in unset})
 
 
-# `_get_default_generation_params` of the reference; the canvas length is its configuration's default.
-REFERENCE_SETTINGS = {
-    "max_steps": 48,
-    "entropy_bound": 0.1,
-    "t_max": 0.8,
-    "t_min": 0.4,
-    "stability": 1,
-    "confidence": 0.005,
-    "canvas_length": 256,
-}
-
-
 def check_seed(seed: int | None) -> None:
     """Raises PromptError where `seed` is neither None nor one that random draws can start from."""
     if seed is not None and not (is_whole(seed, 0) and seed < 2**64):
         raise PromptError(f"seed must be a whole number from 0 to 2**64 - 1, not {seed!r}.")
-
-
-def _token_ids(value: Any) -> list[int]:
-    """The ids in an `eos_token_id`: one, a list of them, or nothing. Raises CheckpointError."""
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(is_whole(token, 0) for token in ids):
-        raise CheckpointError(f"The checkpoint's eos_token_id is {value!r}, not token ids; download it again.")
-    return ids
 
 
 def _check_number(options: GenerationOptions, name: str, kind: type, lowest: float) -> None:
@@ -137,6 +117,28 @@ def _check_number(options: GenerationOptions, name: str, kind: type, lowest: flo
     if isinstance(value, bool) or not isinstance(value, accepted) or not value >= lowest:
         what = "a whole number" if kind is int else "a number"
         raise PromptError(f"{name} must be {what} of at least {lowest:g}, not {value!r}.")
+
+
+# `_get_default_generation_params` of the reference; the canvas length is its configuration's default, and what ends a
+# reply is a checkpoint's to say.
+REFERENCE_SETTINGS = GenerationOptions(
+    max_steps=48,
+    entropy_bound=0.1,
+    t_max=0.8,
+    t_min=0.4,
+    stability=1,
+    confidence=0.005,
+    end_tokens=(),
+    canvas_length=256,
+)
+
+
+def _token_ids(value: Any) -> list[int]:
+    """The ids in an `eos_token_id`: one, a list of them, or nothing. Raises CheckpointError."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(is_whole(token, 0) for token in ids):
+        raise CheckpointError(f"The checkpoint's eos_token_id is {value!r}, not token ids; download it again.")
+    return ids
 
 
 # Chosen by `tests/benchmarks/modes.py`.

@@ -5,7 +5,6 @@ On a machine without a GPU the same runs with smaller ceilings, and the report s
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import subprocess
@@ -19,10 +18,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from ..checkpoints import accounting
+from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.hub import download_snapshot, is_repository
-from ..checkpoints.loading import ACTIVATIONS_AS
-from ..checkpoints.safetensors import read_checkpoint_headers
-from ..config import ModelConfig
 from ..convert.reading import remote as hub
 from ..errors import CheckpointError
 from ..events import Commit, Done
@@ -194,14 +191,10 @@ def plan_memory(source: str | Path, context: int = accounting.CONTEXT) -> accoun
     """
     if is_repository(source):
         directory = hub.download(str(source), None, weights=False)
-        entries = hub.remote_headers(str(source), directory.name)
+        checkpoint = Checkpoint.in_directory(directory, hub.remote_headers(str(source), directory.name))
     else:
-        directory = user_path(source)
-        entries = read_checkpoint_headers(directory)
-    weights = sum(entry.nbytes for entry in entries.values())
-    norm = entries.get(ACTIVATIONS_AS)
-    item = norm.nbytes // math.prod(norm.shape) if norm else 2
-    return accounting.memory_needed(ModelConfig.from_directory(directory), weights, context, item)
+        checkpoint = Checkpoint.open(source)
+    return accounting.memory_needed(checkpoint.config, checkpoint.nbytes, context, checkpoint.item)
 
 
 def describe_machine() -> Machine:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +14,15 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..config import ModelConfig, Quantization, read_json
 from ..errors import CheckpointError
 from ..model.diffusion_gemma import DiffusionGemma
+from ..model.joining import fusible
 from ..model.moe import Experts
 from ..model.scaled import add_tensor_scales
 from ..model.vision import VisionModel
-from ..options import GenerationOptions
-from ..paths import user_path
-from .hub import CONVERTED, download_snapshot, is_repository
+from .checkpoint import Checkpoint
 from .memory import check_fits, set_limits
+from .safetensors import Entry
 
 if TYPE_CHECKING:
     from ..processing.processor import Processor
@@ -32,8 +31,8 @@ ENCODER = "model.encoder."
 VISION = (f"{ENCODER}vision_tower.", f"{ENCODER}embed_vision.")
 # Stacked experts without `.weight`, one key per expert, or scales as FP8 and NVFP4 checkpoints name them.
 PUBLISHED = re.compile(r"\.experts\.(\d+\.|gate_up_proj$|down_proj$)|\.weight_scale$")
-ACTIVATIONS_AS = "model.decoder.norm.weight"  # is never quantized: activations have its type
 Progress = Callable[[int, int], None]
+Tensors = Mapping[str, Entry]
 
 
 def load(
@@ -48,124 +47,88 @@ def load(
     """
     from ..processing.processor import Processor
 
-    directory = find_checkpoint(path_or_repo, revision)
-    config = ModelConfig.from_directory(directory)
-    processor = Processor.from_directory(directory, config)
-    weights = read_weights(directory)
-    _check_converted(weights, path_or_repo)
-    item = weights[ACTIVATIONS_AS].itemsize if ACTIVATIONS_AS in weights else 2
-    check_fits(config, sum(array.nbytes for array in weights.values()), directory, item)
+    checkpoint = Checkpoint.open(path_or_repo, revision)
+    config = checkpoint.config
+    _check_complete(checkpoint, path_or_repo)
+    processor = Processor.from_directory(checkpoint.directory, config)
+    check_fits(checkpoint)
     set_limits()
-    vision = {name: weights.pop(name) for name in list(weights) if name.startswith(VISION)}
+    text, vision = _text_and_vision(checkpoint)
     has_vision = bool(vision) and config.vision is not None
-    model = DiffusionGemma(
-        config,
-        GenerationOptions.from_checkpoint(directory),
-        load_vision=(lambda: load_vision(directory, config)) if has_vision else None,
-    )
-    _fill(model, weights, directory, config.quantization)
+    load_tower = (lambda: load_vision(checkpoint)) if has_vision else None
+    model = DiffusionGemma(config, checkpoint.options, load_tower)
+    _fit(model, text, checkpoint)
     if has_vision:
-        # Only their names and shapes: the weights themselves are read when an image first needs them.
-        _fill(VisionModel(config.vision, config.text.hidden_size), vision, directory, config.quantization, ENCODER)
-    _evaluate(model, directory, progress, fuse and _fusing_pays())
+        # Only names and shapes: the weights themselves are read when an image first needs them.
+        _fit(VisionModel(config.vision, config.text.hidden_size), vision, checkpoint, ENCODER)
+    # Nothing but the model may hold its arrays: those that it joins or widens, a layer at a time, are freed then.
+    model.load_weights(list(checkpoint.arrays(text).items()))
+    _evaluate(model, checkpoint.directory, progress, fuse and _fusing_pays())
     return model, processor
 
 
-def load_vision(directory: Path, config: ModelConfig) -> VisionModel:
+def load_vision(checkpoint: Checkpoint) -> VisionModel:
     """The vision tower and projection, weights in memory. Raises CheckpointError."""
-    weights = {name: array for name, array in read_weights(directory).items() if name.startswith(VISION)}
-    vision = VisionModel(config.vision, config.text.hidden_size)
-    _fill(vision, weights, directory, config.quantization, ENCODER)
-    _read(vision, directory)
+    _, tensors = _text_and_vision(checkpoint)
+    vision = VisionModel(checkpoint.config.vision, checkpoint.config.text.hidden_size)
+    _fit(vision, tensors, checkpoint, ENCODER)
+    vision.load_weights([(name.removeprefix(ENCODER), array) for name, array in checkpoint.arrays(tensors).items()])
+    _read(vision, checkpoint.directory)
     return vision
 
 
-def find_checkpoint(path_or_repo: str | Path, revision: str | None = None) -> Path:
-    """The local directory of a checkpoint, downloaded where it is a repository's name. Raises CheckpointError."""
-    if is_repository(path_or_repo):
-        return download_snapshot(str(path_or_repo), revision, CONVERTED)
-    return user_path(path_or_repo)
-
-
-def read_weights(directory: Path) -> dict[str, mx.array]:
-    """Every tensor of the directory's safetensors files, not read yet. Raises CheckpointError."""
-    weights: dict[str, mx.array] = {}
-    for path in _shards(directory):
-        try:
-            weights.update(mx.load(str(path)))
-        except (RuntimeError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); download or convert it again.") from None
-    return weights
-
-
-def _check_converted(weights: dict[str, mx.array], source: str | Path) -> None:
-    """Raises CheckpointError, with the command to run, where the tensors are named as a published checkpoint's."""
-    if any(PUBLISHED.search(name) for name in weights):
+def _check_complete(checkpoint: Checkpoint, source: str | Path) -> None:
+    """Raise CheckpointError where the tensors are named as a published checkpoint's, with the command to run, or where
+    no reply could end.
+    """
+    if any(PUBLISHED.search(name) for name in checkpoint.tensors):
         command = f"mlx-dg convert {shlex.quote(str(source))} --q4"
         raise CheckpointError(f"{source} is a Hugging Face checkpoint; convert it first: {command}")
+    if not checkpoint.options.end_tokens:
+        raise CheckpointError(
+            f"{source} does not say which tokens end a reply; add eos_token_id to its config.json, in Google's "
+            "checkpoints [1, 106, 50]: <eos>, <turn|> and <|tool_response>."
+        )
 
 
-def _shards(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        single = directory / "model.safetensors"
-        if not single.exists():
-            raise CheckpointError(f"{directory} has no model.safetensors; give a directory with a whole checkpoint.")
-        return [single]
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise CheckpointError(f"{index} has no weight_map of tensors to files; download it again.")
-    paths = [directory / name for name in sorted(set(names.values()))]
-    for path in paths:
-        if path.parent != directory:
-            raise CheckpointError(f"{index} names a file outside its directory ({path}); download it again.")
-        if not path.exists():
-            raise CheckpointError(f"{index} lists {path.name}, which is not there; download it again.")
-    return paths
+def _text_and_vision(checkpoint: Checkpoint) -> tuple[Tensors, Tensors]:
+    """The tensors that are always needed, and those that images need."""
+    text, vision = {}, {}
+    for name, entry in checkpoint.tensors.items():
+        (vision if name.startswith(VISION) else text)[name] = entry
+    return text, vision
 
 
-def _fill(
-    module: nn.Module,
-    weights: dict[str, mx.array],
-    directory: Path,
-    quantization: Quantization | None,
-    prefix: str = "",
-) -> None:
-    """Give a module its weights, which are exactly those of the files whose names begin with `prefix`; what has scales
-    there becomes quantized.
+def _fit(module: nn.Module, tensors: Tensors, checkpoint: Checkpoint, prefix: str = "") -> None:
+    """Quantize in a module what has scales in the files, and raise CheckpointError unless it then has exactly these
+    tensors, whose names begin with `prefix`.
     """
-    _quantize(module, weights, quantization, directory, prefix)
-    expected = {prefix + name: array for name, array in tree_flatten(module.parameters())}
-    problems = [f"{name} is missing" for name in expected if name not in weights]
-    problems += [f"{name} is not part of the model" for name in weights if name not in expected]
+    _quantize(module, tensors, checkpoint, prefix)
+    expected = {prefix + name: array.shape for name, array in tree_flatten(module.parameters())}
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    problems += [f"{name} is not part of the model" for name in tensors if name not in expected]
     problems += [
-        f"{name} is {list(weights[name].shape)} instead of {list(array.shape)}"
-        for name, array in expected.items()
-        if name in weights and weights[name].shape != array.shape
+        f"{name} is {list(tensors[name].shape)} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise CheckpointError(
-            f"{directory} does not fit its configuration: {', '.join(problems[:3])}{more}; "
+            f"{checkpoint.directory} does not fit its configuration: {', '.join(problems[:3])}{more}; "
             "download or convert it again."
         )
-    module.load_weights([(name.removeprefix(prefix), array) for name, array in weights.items()])
 
 
-def _quantize(
-    module: nn.Module,
-    weights: dict[str, mx.array],
-    quantization: Quantization | None,
-    directory: Path,
-    prefix: str,
-) -> None:
+def _quantize(module: nn.Module, tensors: Tensors, checkpoint: Checkpoint, prefix: str) -> None:
     """Replace the modules whose scales are in the files."""
-    scaled = {name.removesuffix(".scales") for name in weights if name.endswith(".scales")}
+    scaled = {name.removesuffix(".scales") for name in tensors if name.endswith(".scales")}
+    quantization = checkpoint.config.quantization
     if not scaled:
         return
     if quantization is None:
         raise CheckpointError(
-            f"{directory} holds quantized weights but config.json has no `quantization`; convert it again."
+            f"{checkpoint.directory} holds quantized weights but config.json has no `quantization`; convert it again."
         )
 
     def settings(path: str, part: nn.Module) -> bool | dict[str, Any]:
@@ -177,8 +140,8 @@ def _quantize(
     try:
         nn.quantize(module, class_predicate=settings)
     except ValueError as error:
-        raise CheckpointError(f"{directory}: config.json's quantization does not work ({error}).") from None
-    add_tensor_scales(module, {name.removeprefix(prefix): array for name, array in weights.items()})
+        raise CheckpointError(f"{checkpoint.directory}: config.json's quantization does not work ({error}).") from None
+    add_tensor_scales(module, {name.removeprefix(prefix): entry.shape for name, entry in tensors.items()})
 
 
 def _fusing_pays() -> bool:
@@ -196,8 +159,8 @@ def _evaluate(model: DiffusionGemma, directory: Path, progress: Progress | None,
         if on_cpu:
             _widen(layer.experts)
         if fuse:
-            layer.self_attn.fuse()
-            layer.mlp.fuse()
+            for module in fusible(layer):
+                module.fuse()
         _read(layer, directory)
         if progress:
             progress(done, len(layers))

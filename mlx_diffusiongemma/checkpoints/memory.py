@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from pathlib import Path
 from typing import ClassVar
 from weakref import WeakSet
 
 import mlx.core as mx
 
-from ..config import ModelConfig
 from ..errors import CheckpointError, MemoryWarning
 from .accounting import CONTEXT, memory_needed
+from .checkpoint import Checkpoint
 
 # Freed buffers that MLX keeps for the next request. Without a limit they pile up over requests of mixed lengths.
 CACHE_LIMIT = 2**30
@@ -26,15 +25,15 @@ def usable_bytes() -> int:
     return int(limit or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def check_fits(config: ModelConfig, weights: int, directory: Path, item: int = 2) -> None:
-    """Compare what the model needs (weights of so many bytes, a prefix's K/V, one step) with what there is. item: bytes
-    of an activation.
+def check_fits(checkpoint: Checkpoint) -> None:
+    """Compare what the model needs (its weights, a prefix's K/V, one step) with what there is.
 
     Warns where a prefix of 8,192 tokens does not fit; raises CheckpointError where not even a short one does.
     """
-    limit = usable_bytes()
-    least = memory_needed(config, weights, context=1, item=item).total
-    comfortable = memory_needed(config, weights, context=CONTEXT, item=item).total
+    limit, directory = usable_bytes(), checkpoint.directory
+    least, comfortable = (
+        memory_needed(checkpoint.config, checkpoint.nbytes, context, checkpoint.item).total for context in (1, CONTEXT)
+    )
     raising = f"raise the GPU's limit (sudo sysctl iogpu.wired_limit_mb={-(-comfortable // 2**20)})"
     if least > limit:
         raise CheckpointError(

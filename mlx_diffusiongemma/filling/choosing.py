@@ -51,9 +51,9 @@ def choose(
     request = make_request(
         model, processor, prompt, options=request_options(model, None, seed=seed), cache=cache, cancel=cancel
     )
-    vocabulary = processor.tokenizer.get_vocab()
-    end = vocabulary.get("<turn|>", processor.tokenizer.eos_token_id)
-    spelled = [[*text_tokens(processor, choice), end] for choice in choices]
+    turn_end = processor.tokenizer.get_vocab().get("<turn|>")
+    end = request.options.end_tokens[:1] if turn_end is None else (turn_end,)
+    spelled = [[*text_tokens(processor, choice), *end] for choice in choices]
     length = request.options.canvas_length
     if max(map(len, spelled)) > length // 2:
         raise PromptError(f"A choice has more than {length // 2 - 1} tokens; give shorter ones.")

@@ -4,36 +4,30 @@ the canvas. `encode` is the only writer of the cache; `denoise` only reads it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from ..config import FULL, SLIDING, LayerConfig, ModelConfig, TextConfig
 from ..errors import CheckpointError
-from ..options import GenerationOptions
+from ..options import REFERENCE_SETTINGS, GenerationOptions
 from . import vocabulary
 from .cache import SNAPSHOT_BYTES, Cache, CacheRows, Label
+from .joining import fusible
 from .layers import MLP, Attention, Extend, SelfConditioning
 from .moe import Experts, Router
 from .vision import VisionModel, image_blocks
 
+if TYPE_CHECKING:
+    from ..processing.images import PreparedImage
+
 PREFILL_CHUNK = 1024  # tokens: enough rows for every expert, few enough for a window's scores
-
-
+T = TypeVar("T")
 Block = tuple[int, int]  # first position of an image's tokens, and the one after its last
-
-
-class Image(Protocol):
-    """A preprocessed image: pixels [patches, 3 * patch_size^2] in 0..1, positions [patches, 2] as (x, y), and a digest
-    of both.
-    """
-
-    pixels: np.ndarray
-    positions: np.ndarray
-    digest: str
 
 
 class DecoderLayer(nn.Module):
@@ -119,30 +113,38 @@ class DiffusionGemma(nn.Module):
         options: GenerationOptions | None = None,
         load_vision: Callable[[], VisionModel] | None = None,
     ):
-        """options: the checkpoint's own settings. load_vision: reads the vision weights; called at the first image."""
+        """options: the checkpoint's own settings; None of them, or None in them, is the reference's, where nothing but
+        max_tokens ends a reply. load_vision: reads the vision weights, evaluated; called once, at the first image.
+        """
         super().__init__()
+        reference = replace(REFERENCE_SETTINGS, canvas_length=config.canvas_length)
         self.config = config
-        self.options = options or GenerationOptions()
+        self.options = (options or GenerationOptions()).filled_from(reference)
         self.model = Backbone(config)
-        self._load_vision = load_vision
-        self._vision = None
+        self._vision = _once(load_vision) if load_vision else None
 
     def make_cache(self, snapshot_bytes: int = SNAPSHOT_BYTES) -> Cache:
         """An empty prefix. snapshot_bytes: see `Cache`."""
         return Cache(self.config.text, self.config.canvas_length, snapshot_bytes)
 
     def fuse(self) -> None:
-        """Join projections of one input (q, k, v; gate, up) into one product: same numbers, names unchanged."""
-        for layer in self.model.decoder.layers:
-            layer.self_attn.fuse()
-            layer.mlp.fuse()
-        self.model.decoder.self_conditioning.fuse()
+        """Join projections of one input (q, k, v; gate, up) into one product: same numbers, names unchanged.
+
+        What gives one of them another weight, or puts another layer in its place, undoes its join.
+        """
+        for module in fusible(self):
+            module.fuse()
+
+    def unfuse(self) -> None:
+        """Undo `fuse`. The weights stay where they are in memory."""
+        for module in fusible(self):
+            module.unfuse()
 
     def encode(
         self,
         tokens: mx.array,
         cache: Cache,
-        images: Sequence[Image] | None = None,
+        images: Sequence[PreparedImage] | None = None,
         lengths: list[int] | None = None,
     ) -> mx.array:
         """Append tokens [B, N] to the cache; returns their normalised hidden states [B, N, H].
@@ -158,7 +160,7 @@ class DiffusionGemma(nn.Module):
         self,
         tokens: mx.array,
         cache: Cache,
-        images: Sequence[Image] | None = None,
+        images: Sequence[PreparedImage] | None = None,
         lengths: list[int] | None = None,
     ) -> Iterator[int]:
         """`encode`, a chunk at a time: yields how many tokens are done. The cache is computed before each yield."""
@@ -170,7 +172,7 @@ class DiffusionGemma(nn.Module):
         self,
         tokens: mx.array,
         cache: Cache,
-        images: Sequence[Image] | None,
+        images: Sequence[PreparedImage] | None,
         lengths: list[int] | None,
     ) -> Iterator[tuple[int, mx.array]]:
         """How many tokens are done and the chunk's hidden states, which are those of the rows moved to the end where
@@ -193,7 +195,7 @@ class DiffusionGemma(nn.Module):
                 cache.labels += labels[start:stop]
             yield stop, hidden.pop()
 
-    def labels(self, tokens: list[int], images: Sequence[Image] = ()) -> list[Label]:
+    def labels(self, tokens: list[int], images: Sequence[PreparedImage] = ()) -> list[Label]:
         """What a cache remembers of a prompt's tokens: their ids, and for an image's tokens its digest."""
         labels: list[Label] = list(tokens)
         blocks = image_blocks(tokens, self.config.image_token_id) if images else []
@@ -201,15 +203,13 @@ class DiffusionGemma(nn.Module):
             labels[first:last] = [image.digest] * (last - first)
         return labels
 
-    def encode_image(self, image: Image) -> mx.array:
+    def encode_image(self, image: PreparedImage) -> mx.array:
         """The soft tokens of one image, [soft_tokens, H]. Raises CheckpointError where there are no vision weights."""
         if self._vision is None:
-            if self._load_vision is None:
-                raise CheckpointError("This checkpoint has no vision weights, so it cannot see images; leave them out.")
-            self._vision = self._load_vision()
-        return self._vision(mx.array(image.pixels), mx.array(image.positions))
+            raise CheckpointError("This checkpoint has no vision weights, so it cannot see images; leave them out.")
+        return self._vision()(mx.array(image.pixels), mx.array(image.positions))
 
-    def _image_blocks(self, tokens: mx.array, images: Sequence[Image]) -> list[Block]:
+    def _image_blocks(self, tokens: mx.array, images: Sequence[PreparedImage]) -> list[Block]:
         """Where the images' tokens are. Raises ValueError where they do not fit the images."""
         if not images:
             return []
@@ -337,3 +337,16 @@ def _shift_rows(array: mx.array, shifts: list[int]) -> mx.array:
     """Each row of [B, N, ...] rolled by its own shift along N."""
     rows = [mx.roll(row, shift, axis=0) for row, shift in zip(array, shifts, strict=True)]
     return mx.stack(rows)
+
+
+def _once(make: Callable[[], T]) -> Callable[[], T]:
+    """`make`, called by the first thread that needs what it makes, while others wait for it."""
+    lock, made = threading.Lock(), []
+
+    def get() -> T:
+        with lock:
+            if not made:
+                made.append(make())
+        return made[0]
+
+    return get

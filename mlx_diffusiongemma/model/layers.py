@@ -13,6 +13,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 
 from ..config import LayerConfig, TextConfig
 from .budgets import SCORE_BUDGET
+from .joining import Fusible
 
 Seen = tuple[mx.array, mx.array] | tuple[list[mx.array], list[mx.array]]  # keys and values, together or row by row
 Extend = Callable[[mx.array, mx.array], Seen]
@@ -69,10 +70,12 @@ def attend_rows(
     return mx.concatenate([attend(queries[row : row + 1], *seen, None) for row, seen in enumerate(rows)])
 
 
-class Attention(nn.Module):
+class Attention(Fusible):
     """Grouped-query attention with normalised queries, keys and values. Full layers have no value projection: their
     values are the raw key projection (`DiffusionGemmaDecoderTextAttention`).
     """
+
+    OF_ONE_INPUT = ("q_proj", "k_proj", "v_proj")
 
     def __init__(self, config: TextConfig, layer: LayerConfig):
         super().__init__()
@@ -93,55 +96,47 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(self.head_dim, eps=self.eps)
         rope = config.rope_parameters[layer.kind]
         self.rope = initialize_rope(self.head_dim, rope["rope_theta"], False, rope, config.max_position_embeddings)
-        self._fused = None
-
-    def fuse(self) -> None:
-        """Compute the projections of one input in one product, where they are stored alike."""
-        self._fused = fused_view([self.q_proj, self.k_proj] + ([self.v_proj] if "v_proj" in self else []))
-
-    def _project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        """Raw queries, keys and values, each [B, N, heads, head_dim]."""
-        shape = (*x.shape[:2], -1, self.head_dim)
-        if self._fused is not None:
-            joined = self._fused(x).reshape(shape)
-            queries, rest = joined[:, :, : self.heads], joined[:, :, self.heads :]
-            keys, values = rest[:, :, : self.kv_heads], rest[:, :, -self.kv_heads :]
-            return queries, keys, values
-        queries, keys = self.q_proj(x).reshape(shape), self.k_proj(x).reshape(shape)
-        values = self.v_proj(x).reshape(shape) if "v_proj" in self else keys
-        return queries, keys, values
 
     def __call__(self, x: mx.array, extend: Extend, offset: int | mx.array, mask: mx.array | str | None) -> mx.array:
         """x [B, N, hidden] at positions from `offset` (an int, or one per row) -> [B, N, hidden].
 
         `extend` takes the new keys and values and returns all that are attended to.
         """
-        queries, keys, values = self._project(x)
-        queries = self.rope(self.q_norm(queries).transpose(0, 2, 1, 3), offset=offset)
-        values = mx.fast.rms_norm(values, None, self.eps).transpose(0, 2, 1, 3)
-        keys = self.rope(self.k_norm(keys).transpose(0, 2, 1, 3), offset=offset)
+        queries, keys, values = (heads.transpose(0, 2, 1, 3) for heads in self._project(x))
+        queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
         output = attend_rows(queries, *extend(keys, values), mask)
         return self.o_proj(output.transpose(0, 2, 1, 3).flatten(2))
 
+    def _project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Normalised queries, keys and values, each [B, N, heads, head_dim]."""
+        shape = (*x.shape[:2], -1, self.head_dim)
+        product = self.joined_product(x)
+        if product is None:
+            queries, keys = self.q_proj(x).reshape(shape), self.k_proj(x).reshape(shape)
+            values = self.v_proj(x).reshape(shape) if "v_proj" in self else keys
+            return self.q_norm(queries), self.k_norm(keys), mx.fast.rms_norm(values, None, self.eps)
+        # A GPU's RMS norm copies slices before it reads them. All heads are normalised at once, and multiplied by their
+        # norms' weights afterwards: the same numbers.
+        normalised = mx.fast.rms_norm(product.reshape(shape), None, self.eps)
+        queries, rest = normalised[:, :, : self.heads], normalised[:, :, self.heads :]
+        keys, values = rest[:, :, : self.kv_heads], rest[:, :, -self.kv_heads :]
+        return queries * self.q_norm.weight, keys * self.k_norm.weight, values
 
-class MLP(nn.Module):
+
+class MLP(Fusible):
     """Gated MLP with a tanh GELU."""
+
+    OF_ONE_INPUT = ("gate_proj", "up_proj")
 
     def __init__(self, hidden: int, intermediate: int):
         super().__init__()
         self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
         self.up_proj = nn.Linear(hidden, intermediate, bias=False)
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
-        self._fused = None
-
-    def fuse(self) -> None:
-        self._fused = fused_view([self.gate_proj, self.up_proj])
 
     def __call__(self, x: mx.array) -> mx.array:
-        if self._fused is not None:
-            gate, up = mx.split(self._fused(x), 2, axis=-1)
-        else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
+        product = self.joined_product(x)
+        gate, up = (self.gate_proj(x), self.up_proj(x)) if product is None else mx.split(product, 2, axis=-1)
         return self.down_proj(geglu(gate, up))
 
 
@@ -158,31 +153,3 @@ class SelfConditioning(MLP):
         if soft_embedding is not None:
             embeddings = embeddings + super().__call__(self.pre_norm(soft_embedding))
         return mx.fast.rms_norm(embeddings, None, self.eps)
-
-
-def fused_view(linears: list[nn.Module]) -> nn.Module | None:
-    """One linear layer that computes several at once, or None where their storage differs.
-
-    The parts' own parameters become views of the joined arrays, so that nothing is stored twice and names stay.
-    """
-    first = linears[0]
-    if any(type(part) is not type(first) for part in linears) or type(first) not in (nn.Linear, nn.QuantizedLinear):
-        return None
-    if isinstance(first, nn.QuantizedLinear):
-        if len({(part.group_size, part.bits, part.mode) for part in linears}) > 1:
-            return None
-        joined = nn.QuantizedLinear(
-            max(first.group_size, 32), 1, bias=False, group_size=first.group_size, bits=first.bits, mode=first.mode
-        )
-    else:
-        joined = nn.Linear(1, 1, bias=False)
-    names = [name for name in ("weight", "scales", "biases") if name in first]
-    for name in names:
-        joined[name] = mx.concatenate([part[name] for part in linears])
-    start = 0
-    for part in linears:
-        rows = part.weight.shape[0]
-        for name in names:
-            part[name] = joined[name][start : start + rows]
-        start += rows
-    return joined

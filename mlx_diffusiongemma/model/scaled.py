@@ -5,6 +5,8 @@ It multiplies the product in float32, before the rounding to the model's dtype, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
@@ -63,12 +65,12 @@ class ScaledQuantizedSwitchLinear(nn.Module):
 SCALED = {nn.QuantizedLinear: ScaledQuantizedLinear, QuantizedSwitchLinear: ScaledQuantizedSwitchLinear}
 
 
-def add_tensor_scales(model: nn.Module, weights: dict[str, mx.array]) -> None:
-    """Replace the quantized layers of `model` for which `weights` holds a tensor scale."""
+def add_tensor_scales(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Replace the quantized layers of `model` for whose tensor scales there is a shape. The scales themselves are 1."""
 
     def replace(path: str, module: nn.Module) -> nn.Module:
-        scale = weights.get(f"{path}.{TENSOR_SCALE}")
-        return module if scale is None or type(module) not in SCALED else SCALED[type(module)](module, scale)
+        shape = shapes.get(f"{path}.{TENSOR_SCALE}")
+        return module if shape is None or type(module) not in SCALED else SCALED[type(module)](module, mx.ones(shape))
 
     leaves = model.leaf_modules()
     model.update_modules(tree_map_with_path(replace, leaves, is_leaf=nn.Module.is_module))

@@ -7,6 +7,7 @@ as flash attention does over keys: with running maxima and sums, no array of can
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from copy import copy
 from typing import NamedTuple
 
@@ -36,21 +37,13 @@ def embedding_rows(embedding: nn.Embedding | nn.QuantizedEmbedding, index: mx.ar
     return part
 
 
-def embedding_blocks(embedding: nn.Embedding | nn.QuantizedEmbedding, length: int) -> list[nn.Module]:
-    """The embedding in blocks of `length` tokens: views of its arrays, made once and kept with it.
-
-    Evaluated views are used where they lie; slicing anew would copy the whole embedding at every step.
-    """
-    weight, kept_length, blocks = embedding.get("_blocks", (None, 0, []))
-    if weight is not embedding.weight or kept_length != length:
-        blocks = []
-        for start in range(0, embedding.weight.shape[0], length):
-            block = copy(embedding)
-            block.update({name: array[start : start + length] for name, array in embedding.parameters().items()})
-            blocks.append(block)
-        mx.async_eval([block.parameters() for block in blocks])
-        embedding._blocks = (embedding.weight, length, blocks)
-    return blocks
+def embedding_blocks(embedding: nn.Embedding | nn.QuantizedEmbedding, length: int) -> Iterator[nn.Module]:
+    """The embedding in blocks of `length` tokens, each an embedding: views of its arrays, which copy nothing."""
+    arrays = embedding.parameters()
+    for start in range(0, embedding.weight.shape[0], length):
+        block = copy(embedding)
+        block.update({name: array[start : start + length] for name, array in arrays.items()})
+        yield block
 
 
 def embedding_scale(embedding: nn.Module, hidden_size: int) -> mx.array:

@@ -66,6 +66,18 @@ def test_memory_to_run_counts_weights_and_context(plan):
     assert growth >= 10_000 * 5 * 2 * 2 * 512 * 2
 
 
+def test_memory_to_run_counts_activations_in_their_type():
+    plans = {
+        dtype: plan_tensors(true_shapes("published"), {**true_config(), "dtype": dtype})
+        for dtype in ("bfloat16", "float32")
+    }
+    assert [plan.dtype for plan in plans.values()] == list(plans)
+    growth = {dtype: plan.running_bytes(18_192) - plan.running_bytes(8_192) for dtype, plan in plans.items()}
+    assert growth["float32"] == 2 * growth["bfloat16"]
+    beside = {dtype: plan.running_bytes() - plan.total_bytes for dtype, plan in plans.items()}
+    assert beside["float32"] > 1.5 * beside["bfloat16"]
+
+
 def test_macs():
     assert gpu_limit(24) == 16 << 30
     assert fitting_mac(10**9) == "fits Macs from 8 GB"

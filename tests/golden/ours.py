@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -14,10 +15,12 @@ from mlx_diffusiongemma.model.diffusion_gemma import DiffusionGemma
 if TYPE_CHECKING:
     from cases import Case
 
+    from mlx_diffusiongemma.model.vision import VisionModel
 
-def build(case: Case) -> DiffusionGemma:
+
+def build(case: Case, load_vision: Callable[[], VisionModel] | None = None) -> DiffusionGemma:
     """The case's model with its weights."""
-    model = DiffusionGemma(ModelConfig.from_dict(case.config))
+    model = DiffusionGemma(ModelConfig.from_dict(case.config), load_vision=load_vision)
     shapes = {name: array.shape for name, array in tree_flatten(model.parameters())}
     model.load_weights([(name, mx.array(case.weight(published_name(name), shape))) for name, shape in shapes.items()])
     return model

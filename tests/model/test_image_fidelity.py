@@ -53,9 +53,7 @@ def build(case) -> DiffusionGemma:
         vision.load_weights(weights)
         return vision
 
-    model = ours.build(case)
-    model._load_vision = load_vision
-    return model
+    return ours.build(case, load_vision)
 
 
 def run(model: DiffusionGemma, tokens, pictures, canvas, reference_logits=None) -> dict[str, np.ndarray]:

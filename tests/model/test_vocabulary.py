@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import mlx.core as mx
@@ -194,3 +195,31 @@ def test_the_logits_never_exist(bits):
     mx.reset_peak_memory()
     mx.eval(vocabulary.read(embedding, hidden, CAP, TEMPERATURE, mx.random.key(0)))
     assert mx.get_peak_memory() - before <= 130e6
+
+
+@pytest.mark.parametrize("bits", [None, 8], ids=["plain", "8-bit"])
+def test_reading_leaves_nothing_behind(bits, monkeypatch):
+    """Blocks for one row and for two have other lengths; those of one reading must not outlive it."""
+    embedding, hidden = random_embedding(256, 32, bits), mx.random.normal((1, 2, 32), key=mx.random.key(2))
+    monkeypatch.setattr(vocabulary, "BLOCK_BUDGET", 4 * 2 * 32)
+    mx.eval(embedding.parameters(), hidden)
+
+    def read_both() -> tuple[int, int]:
+        for rows in (1, 2):
+            mx.eval(vocabulary.read(embedding, hidden[:, :rows], CAP, TEMPERATURE, None))
+        gc.collect()
+        return mx.get_active_memory(), sum(issubclass(type(thing), nn.Module) for thing in gc.get_objects())
+
+    before = read_both()
+    for _ in range(1000):
+        vocabulary.read(embedding, hidden[:, :1], CAP, TEMPERATURE, None)
+        vocabulary.read(embedding, hidden, CAP, TEMPERATURE, None)
+    assert read_both() == before
+
+
+@pytest.mark.parametrize("name", ["weight", "scales", "biases"])
+def test_a_changed_embedding_is_read_as_it_is_now(name):
+    embedding, hidden = random_embedding(96, 32, 8), mx.random.normal((1, 2, 32), key=mx.random.key(2))
+    assert_equals_the_definition(embedding, hidden)
+    embedding[name][5] = embedding[name][7] + 1
+    assert_equals_the_definition(embedding, hidden)
