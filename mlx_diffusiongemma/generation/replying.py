@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..events import Commit, Done, Event, Part, Result, Stats, ToolCall
@@ -36,7 +36,7 @@ def stream(
     max_tokens: int | None = None,
     seed: int | None = None,
     cancel: threading.Event | None = None,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Generate a reply and report it as it forms: `Prefill`s, then `Draft`s and a `Commit` per canvas, then `Done`.
 
     prompt: a string (one user turn), chat messages, token ids or a `Prompt`. images, tools, thinking: see
