@@ -91,14 +91,13 @@ def infill(
         prompt = processor.prompt(instruction)
     ending = None if isinstance(parts[-1], Hole) else reply_ending(processor, instruction is not None)
     request = make_request(model, processor, prompt, options=settings, cache=cache, cancel=cancel)
-    pieces = [processor.draft_text if isinstance(part, Hole) else part for part in parts]
+    pieces = [(lambda tokens: processor.draft_text(tokens or [])) if isinstance(part, Hole) else part for part in parts]
     is_reply = instruction is not None
     filler = GapFiller(model, processor, request, segments, ending, pieces, replies=is_reply, on_event=on_event)
     stats = filler.run()
     holes = [processor.draft_text(tokens) for tokens in filler.filled]
-    rest = iter(holes)
     return Infilled(
-        text="".join(next(rest, "") if isinstance(part, Hole) else part for part in parts),
+        text=filler.text,
         tokens=filler.tokens,
         finish_reason=filler.finish_reason,
         stats=stats,
