@@ -51,17 +51,19 @@ def generate_batch(
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise PromptError(f"rows is {rows!r}; give a whole number of at least 1.")
     settings = request_options(model, options, max_tokens, seed)
-    requests = [
-        make_request(
-            model, processor, prompt, options=replace(settings, seed=seed_of_row(settings.seed, index)), cancel=cancel
-        )
-        for index, prompt in enumerate(prompts)
-    ]
+
+    def make(index: int) -> Request:
+        own = replace(settings, seed=seed_of_row(settings.seed, index))
+        return make_request(model, processor, prompts[index], options=own, cancel=cancel)
+
+    # All are checked before the first is answered; those with images, which are large, are then made again in turn.
+    checked = [None if request.prompt.images else request for request in map(make, range(len(prompts)))]
+    requests = (make(index) if request is None else request for index, request in enumerate(checked))
     return _results(model, processor, requests, settings, rows)
 
 
 def _results(
-    model: DiffusionGemma, processor: Processor, requests: list[Request], options: GenerationOptions, rows: int
+    model: DiffusionGemma, processor: Processor, requests: Iterator[Request], options: GenerationOptions, rows: int
 ) -> Iterator[Result]:
     room = usable_bytes() - sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     item = model.dtype.size

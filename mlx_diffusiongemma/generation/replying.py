@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +60,7 @@ def stream(
         seed=seed,
         cancel=cancel,
     )
-    return (event for _, event in reply(model, processor, [request], request.options))
+    return (event for _, event in reply(model, processor, iter([request]), request.options))
 
 
 def generate(
@@ -127,33 +126,33 @@ def collect(events: Iterable[Event]) -> Result:
 def reply(
     model: DiffusionGemma,
     processor: Processor,
-    requests: Sequence[Request],
+    requests: Iterator[Request],
     options: GenerationOptions,
     fits: Callable[[Sequence[Request]], bool] = lambda requests: True,
 ) -> Iterator[tuple[int, Event]]:
-    """The whole loop: the events of the replies to `requests`, each with the number of its request.
+    """Run the whole loop: give the events of the replies to `requests`, each with the number of its request.
 
     options: how all of them are denoised; a request's own say the rest. fits: whether so many requests can be in flight
-    at once; those that cannot wait until another's reply is over. Canvases are denoised together, each at its own step,
-    and a reply goes on, or makes room, as soon as its own canvas is done.
+    at once; the next one is taken when there is room for it. Canvases are denoised together, each at its own step, and
+    a reply goes on, or makes room, as soon as its own canvas is done.
     """
     run = Denoising(model, options, model.config.text.vocab_size)
-    waiting = deque(enumerate(requests))
+    number, upcoming = 0, next(requests, None)
     writing: dict[Job, tuple[int, Writer]] = {}
     try:
-        while waiting or writing:
-            while waiting and (not writing or fits([*(w.request for _, w in writing.values()), waiting[0][1]])):
-                index, request = waiting.popleft()
-                writer = Writer(model, processor, request)
+        while upcoming or writing:
+            while upcoming and (not writing or fits([*(w.request for _, w in writing.values()), upcoming])):
+                writer = Writer(model, processor, upcoming)
                 job = writer.next_job()
-                writing[job] = index, writer
+                writing[job] = number, writer
                 for event in writer.read_prompt():
-                    yield index, event
+                    yield number, event
                 if writer.finish_reason:
                     del writing[job]
-                    yield index, writer.done()
+                    yield number, writer.done()
                 else:
                     run.add(job)
+                number, upcoming = number + 1, next(requests, None)
             if not writing:
                 continue
             for step in run.step():
