@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..events import Commit, Done, Event, Part, Result, Stats, ToolCall
@@ -16,7 +16,7 @@ from .writer import Writer
 if TYPE_CHECKING:
     from ..model.cache import Cache
     from ..model.diffusion_gemma import DiffusionGemma
-    from ..options import GenerationOptions
+    from ..options import GenerationOptions, Settings
     from ..processing.processor import Processor
     from .canvas import Canvas
     from .request import PromptLike
@@ -36,7 +36,7 @@ def stream(
     max_tokens: int | None = None,
     seed: int | None = None,
     cancel: threading.Event | None = None,
-) -> Iterator[Event]:
+) -> Generator[Event]:
     """Generate a reply and report it as it forms: `Prefill`s, then `Draft`s and a `Commit` per canvas, then `Done`.
 
     prompt: a string (one user turn), chat messages, token ids or a `Prompt`. images, tools, thinking: see
@@ -128,9 +128,9 @@ def reply(
     model: DiffusionGemma,
     processor: Processor,
     requests: Sequence[Request],
-    options: GenerationOptions,
+    options: Settings,
     fits: Callable[[Sequence[Request]], bool] = lambda requests: True,
-) -> Iterator[tuple[int, Event]]:
+) -> Generator[tuple[int, Event]]:
     """The whole loop: the events of the replies to `requests`, each with the number of its request.
 
     options: how all of them are denoised; a request's own say the rest. fits: whether so many requests can be in flight
