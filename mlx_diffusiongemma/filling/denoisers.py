@@ -14,7 +14,7 @@ from ..model.vocabulary import Reading
 
 if TYPE_CHECKING:
     from ..generation.denoising import Denoiser, Job
-    from ..model.cache import Cache
+    from ..model.cache import Cache, CacheRows
     from ..model.diffusion_gemma import DiffusionGemma
 
 Allowed = tuple[int, ...] | None  # ids that a position may take; None: any
@@ -29,7 +29,9 @@ class InParts:
     def __init__(self, model: DiffusionGemma, most: int):
         self.model, self.most = model, most
 
-    def denoise(self, canvas: mx.array, cache: Cache, self_conditioning: mx.array | None = None) -> mx.array:
+    def denoise(
+        self, canvas: mx.array, cache: Cache | CacheRows, self_conditioning: mx.array | None = None
+    ) -> mx.array:
         hidden: list[mx.array] = []
         for part in self._parts(canvas.shape[0]):
             own = mx.depends([canvas[part]], hidden[-1:])[0]  # or they would all be in memory together
@@ -49,7 +51,7 @@ class InParts:
             heat = temperature[part] if isinstance(temperature, mx.array) else temperature
             readings.append(self.model.read_vocabulary(own, heat, None if key is None else key[part]))
         columns = zip(*readings, strict=True)
-        return Reading(*(None if arrays[0] is None else self._joined(arrays, hidden.shape[0]) for arrays in columns))
+        return Reading._make(None if arrays[0] is None else self._joined(arrays, hidden.shape[0]) for arrays in columns)
 
     def _parts(self, rows: int) -> list[slice]:
         """As few as possible and all of one size, for which buffers stay: the last one may repeat some rows."""
@@ -105,10 +107,9 @@ class Restricted:
         probabilities = mx.exp(log_probabilities)
         tokens = mx.where(where, ids[logits.argmax(axis=-1)], reading.tokens)
         entropy = mx.where(where, -(probabilities * log_probabilities).sum(axis=-1), reading.entropy)
-        if key is None:
+        if key is None or reading.sample is None or reading.soft_embedding is None:
             return Reading(tokens, None, entropy, None)
         sample = mx.where(where, ids[vocabulary.sample_from(logits, key)], reading.sample)
-        soft = probabilities.astype(reading.soft_embedding.dtype) @ self.model.embed(ids).astype(
-            reading.soft_embedding.dtype
-        )
+        dtype = reading.soft_embedding.dtype
+        soft = probabilities.astype(dtype) @ self.model.embed(ids).astype(dtype)
         return Reading(tokens, sample, entropy, mx.where(where[..., None], soft, reading.soft_embedding))

@@ -14,7 +14,7 @@ from ..errors import PromptError
 from ..events import Event, Result
 from ..generation.request import make_request, request_options
 from ..options import GenerationOptions
-from .gaps import Filling, Gap, longest_gap, text_tokens
+from .gaps import Filling, Gap, Segment, longest_gap, text_tokens
 from .infilling import reply_ending
 from .search import Attempt, GapFiller
 
@@ -83,7 +83,7 @@ def edit(
     if isinstance(instruction, str):
         instruction = f"{instruction}\n\n{text[start:stop]}"
     gap = Gap(tuple(_started(own, length, strength, settings.seed) for length in _lengths(len(own), longest)))
-    segments = [text_tokens(processor, text[:start]), gap, text_tokens(processor, text[stop:])]
+    segments: list[Segment] = [text_tokens(processor, text[:start]), gap, text_tokens(processor, text[stop:])]
     request = make_request(model, processor, instruction, options=settings, cache=cache, cancel=cancel)
     filler = GapFiller(
         model,
@@ -111,8 +111,7 @@ def edit(
 
 def unified_diff(before: str, after: str, name: str = "text") -> str:
     """What `diff -u` prints, "" where nothing changed; `name` is the file's."""
-    lines = [_lines(before), _lines(after)]
-    diff = difflib.unified_diff(*lines, f"a/{name}", f"b/{name}")
+    diff = difflib.unified_diff(_lines(before), _lines(after), f"a/{name}", f"b/{name}")
     return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in diff)
 
 

@@ -19,7 +19,7 @@ from ..generation.prefix import encode_prompt
 from ..generation.sampling import Draws
 from ..model.budgets import TOGETHER
 from .denoisers import InParts, Restricted
-from .gaps import Gap, GappedCanvas, Segment, lay_out, longest_gap, most_tokens
+from .gaps import Gap, GappedCanvas, Segment, given_tokens, lay_out, longest_gap, most_tokens
 from .scoring import Cancelled, Probe, log_probabilities, noise_canvases, reply_opening
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class GapFiller:
         self.filled: list[list[int]] = []  # tokens of each gap
         self.attempts: list[Attempt] = []
         self.steps: list[int] = []  # of each canvas
-        self.canvas: GappedCanvas | None = None  # the last one, filled
+        self.canvas: GappedCanvas  # the last one, filled
         self.stats = Stats(prompt_tokens=len(request.prompt.tokens))
         self._check_room()
 
@@ -104,7 +104,7 @@ class GapFiller:
     @property
     def tokens(self) -> list[int]:
         """The reply, without the gaps that are still open."""
-        return [token for segment in self.segments if not isinstance(segment, Gap) for token in segment]
+        return given_tokens(self.segments)
 
     def run(self, finish: Callable[[], None] = lambda: None) -> Stats:
         """Fill every gap, in order; `filled`, `attempts`, `steps` and `finish_reason` say how. Returns what it cost.
@@ -169,37 +169,39 @@ class GapFiller:
     def _fill_canvas(self) -> None:
         """Fill the gaps on the next canvas, and make them part of the text."""
         first = next(index for index, segment in enumerate(self.segments) if isinstance(segment, Gap))
-        before = [token for segment in self.segments[:first] for token in segment]
+        before = given_tokens(self.segments[:first])
         lead = self._lead(len(before), first)
         if (reply := before[: len(before) - lead]) and len(reply) > self.encoded:
             self._read_prefix(reply)
         window = self._window(first, self.length - lead)
         self.steps.append(0)
         self.canvas = self._search([before[len(before) - lead :], *window], lead)
-        tokens = list(self.canvas.canvas.tokens)
+        tokens = self.canvas.tokens
         at = (index for index, segment in enumerate(window, first) if isinstance(segment, Gap))
         for index, (start, stop) in zip(at, self.canvas.gaps, strict=True):
             gap = tokens[start:stop]
             ends = (place for place, token in enumerate(gap) if token in self.options.end_tokens)
-            self.segments[index] = gap[: next(ends, len(gap))]
-            self.filled.append(self.segments[index])
+            self.filled.append(gap[: next(ends, len(gap))])
+            self.segments[index] = self.filled[-1]
         self._commit(len(self.steps) - 1, tokens[lead : self.canvas.end], self.steps[-1])
 
     def _commit(self, canvas: int, tokens: list[int], steps: int) -> None:
         """Report the text that has become certain: all up to the first gap that is open."""
         text, filled = "", iter(self.filled)
         for piece in self.pieces:
-            gap = None if isinstance(piece, str) else next(filled, None)
-            if not isinstance(piece, str) and gap is None:
+            if isinstance(piece, str):
+                text += piece
+            elif (gap := next(filled, None)) is not None:
+                text += piece(gap)
+            else:
                 break
-            text += piece if isinstance(piece, str) else piece(gap)
         new, self.reported = text[self.reported :], len(text)
         if new or tokens:
             self.report(Commit(canvas, tokens, [("text", new)] * bool(new), steps))
 
     def _draft(self, canvas: GappedCanvas, lead: int, step: Step | None) -> None:
         """Report a step of a canvas, or one that was not denoised, from where its text is not certain yet."""
-        tokens = list(canvas.canvas.tokens) if step is None else step.tokens
+        tokens = canvas.tokens if step is None else step.tokens
         accepted = [True] * len(tokens) if step is None else step.accepted
         entropy = [0.0] * len(tokens) if step is None else step.entropy
         settled = [a or pinned for a, pinned in zip(accepted, canvas.canvas.pinned, strict=True)]
@@ -230,7 +232,7 @@ class GapFiller:
     def _fits(self, index: int, room: int) -> bool:
         """Whether the gap at `index` fits, together with a fair part of what follows it."""
         after = most_tokens(self.segments[index + 1 :]) + len(self.ending or ())
-        return self.segments[index].longest + min(after, self.length - longest_gap(self.length)) <= room
+        return most_tokens([self.segments[index]]) + min(after, self.length - longest_gap(self.length)) <= room
 
     def _window(self, first: int, room: int) -> list[Segment]:
         """The segments from the first gap up to a gap that does not fit; text may reach beyond the canvas."""
@@ -247,17 +249,18 @@ class GapFiller:
         while the others keep the best so far, at first their longest filling. Raises Full.
         """
         gaps = [segment for segment in window if isinstance(segment, Gap)]
+        sizes = [[len(filling.tokens) for filling in gap.fillings] for gap in gaps]
         room = self.options.max_tokens - sum(map(len, self.filled))
 
         def fits(choices: Choices) -> bool:
-            return sum(len(gap.fillings[own].tokens) for gap, own in zip(gaps, choices, strict=True)) <= room
+            return sum(own[choice] for own, choice in zip(sizes, choices, strict=True)) <= room
 
-        every = [range(len(gap.fillings)) for gap in gaps]
+        every = [range(len(own)) for own in sizes]
         if math.prod(map(len, every)) <= EVERY:
             return self._try(window, lead, list(filter(fits, itertools.product(*every))))[1]
-        best = tuple(max(range(len(g.fillings)), key=lambda i, g=g: len(g.fillings[i].tokens)) for g in gaps)
+        best = tuple(own.index(max(own)) for own in sizes)
         if not fits(best):
-            best = tuple(min(range(len(g.fillings)), key=lambda i, g=g: len(g.fillings[i].tokens)) for g in gaps)
+            best = tuple(own.index(min(own)) for own in sizes)
         for number, own in enumerate(every):
             varied = [(*best[:number], choice, *best[number + 1 :]) for choice in own]
             best, canvas = self._try(window, lead, list(filter(fits, varied)))
@@ -300,7 +303,8 @@ class GapFiller:
         # The longest begins alone: a first draft costs one canvas, however many are compared.
         waiting = sorted(canvases, key=lambda job: sum(canvases[job].lengths))
         run.add(waiting.pop())
-        last, latest = self.options.max_steps, {}
+        last = self.options.max_steps
+        latest: dict[Job, Step] = {}
         with closing(run.steps()) as steps:
             for shown in steps:
                 self.steps[-1] += 1
@@ -325,7 +329,7 @@ class GapFiller:
         common = min(row.end - row.gaps[-1][1] for row in rows)
         probes: list[list[Probe]] = []
         for row in rows:
-            tokens = tuple(row.canvas.tokens)
+            tokens = tuple(row.tokens)
             inside = {place for span in row.gaps for place in range(*span)}
             left_out: dict[int, set[int]] = {}  # for a place, those with noise while it is asked for
             for (start, stop), fixed in zip(row.gaps, row.fixed, strict=True):
