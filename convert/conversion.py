@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,7 +147,7 @@ def _find(source: str | Path, revision: str | None, weights: Literal["local", "r
 
 
 def _files(source: Source, plan: Plan, partial: Partial) -> Files:
-    if source.remote is None:
+    if not (source.remote and source.repository and source.commit):
         return Files(source.directory)
     shards = zip(plan.shard_names, plan.shards, strict=True)
     jobs = [job for name, shard in shards if name not in partial.finished for job in shard]
@@ -222,7 +223,7 @@ def _write_rest(source: Source, report: ConversionReport, partial: Partial) -> N
 def _fingerprint(source: Source, plan: Plan, allow_nan: bool) -> str:
     """Equal exactly when finished shards of an earlier run are what this one would write."""
     content = {
-        "versions": [__version__, mx.__version__],
+        "versions": [__version__, metadata.version("mlx")],
         "source": source.identity,
         "tensors": [[output.name, output.dtype, output.shape] for output in plan.tensors],
         "modules": [repr(job.quantization) for job in plan.jobs],

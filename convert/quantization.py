@@ -136,11 +136,12 @@ class Scheme:
             return None
         if is_nvfp4 and self.keep_nvfp4:
             return NVFP4
-        return self.asked if bits == ASKED else self._affine(bits)
+        return self.asked if bits == ASKED else _affine(self.asked, bits)
 
-    def _affine(self, bits: int) -> Quantization:
-        is_affine = self.asked.mode == "affine"
-        return Quantization(self.asked.group_size if is_affine else QUANTIZATION_MODES["affine"].group_sizes[0], bits)
+
+def _affine(asked: Quantization, bits: int) -> Quantization:
+    is_affine = asked.mode == "affine"
+    return Quantization(asked.group_size if is_affine else QUANTIZATION_MODES["affine"].group_sizes[0], bits)
 
 
 def make_scheme(
