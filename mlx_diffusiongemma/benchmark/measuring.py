@@ -11,7 +11,8 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,9 @@ from ..events import Commit, Done
 from ..generation.canvas import Canvas
 from ..generation.denoising import Denoising, Job
 from ..generation.replying import stream
+from ..generation.request import request_options
 from ..generation.sampling import Draws
+from ..options import GenerationOptions
 from ..paths import user_path
 from .ceilings import Ceilings, measure_ceilings
 from .step_profile import Component, measure_step
@@ -202,7 +205,7 @@ def describe_machine() -> Machine:
     return Machine(
         chip=_chip(str(info.get("device_name", ""))),
         system=f"{platform.system()} {platform.mac_ver()[0] or platform.release()}",
-        mlx=mx.__version__,
+        mlx=metadata.version("mlx"),
         device="GPU" if mx.default_device() == mx.gpu else "CPU",
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         load=os.getloadavg()[0],
@@ -235,8 +238,8 @@ def encode_prefix(model: DiffusionGemma, count: int) -> tuple[Cache, float]:
 def measure_fixed(model: DiffusionGemma, cache: Cache, steps: int) -> FixedWork:
     """A canvas that is never sure enough to stop, after the cached prefix."""
     length = model.config.canvas_length
-    options = replace(model.options, max_steps=steps, confidence=0.0, canvas_length=length)
-    run = Denoising(model, options, model.config.text.vocab_size)
+    options = GenerationOptions(max_steps=steps, confidence=0.0, canvas_length=length)
+    run = Denoising(model, request_options(model, options), model.config.text.vocab_size)
     run.add(Job(Canvas([]).part(0, length), cache, Draws(seed=0)))
     started = time.perf_counter()
     for _ in run.steps():

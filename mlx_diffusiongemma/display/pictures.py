@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +168,7 @@ def _legend(top: float, y: float) -> str:
 
 def _level(entropy: float, top: float) -> int:
     """By the square root: most positions are nearly certain, and those are where differences matter."""
-    return round((LEVELS - 1) * (min(max(entropy, 0.0), top) / top) ** 0.5)
+    return round((LEVELS - 1) * math.sqrt(min(max(entropy, 0.0), top) / top))
 
 
 def _color(level: int) -> str:
@@ -190,7 +191,7 @@ def _frames(trace: list[Traced], columns: int) -> list[Frame]:
         raise PromptError(NO_DRAFTS)
     tallest = max(len(rows) for _, rows, _ in screens)
     ends = [seconds for seconds, _, _ in screens[1:]]
-    frames = []
+    frames: list[Frame] = []
     for (start, rows, status), end in zip(screens, [*ends, screens[-1][0] + LAST_FRAME], strict=True):
         rows = [*rows, *[Row([])] * (tallest - len(rows) + 1), Row([("status", status)])]
         longest = LONGEST_FRAME if len(frames) < len(ends) else LAST_FRAME
