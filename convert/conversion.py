@@ -22,8 +22,8 @@ from ..errors import CheckpointError
 from ..paths import user_path
 from .plan import DTYPES, SHORT, Plan, make_plan
 from .quantization import AUTO, Bits, Scheme, make_scheme
-from .reading import remote as hub
 from .reading.reader import Files, Reader
+from .reading.remote import download, remote_files, remote_headers
 from .reading.stream import StreamedFiles
 from .report import ConversionReport
 from .writing.hashes import REPORT
@@ -136,14 +136,14 @@ def _find(source: str | Path, revision: str | None, weights: Literal["local", "r
         ModelConfig.from_directory(directory)  # says most plainly what is wrong with another model's directory
         return Source(directory, read_checkpoint_headers(directory))
     repository = str(source)
-    directory = hub.download(repository, revision, weights == "local")
+    directory = download(repository, revision, weights == "local")
     ModelConfig.from_directory(directory)
     commit = directory.name
     read_index(directory)  # refuses names that lead elsewhere before anything is asked for by them
     if weights == "local":
         return Source(directory, read_checkpoint_headers(directory), repository, commit)
-    remote = hub.remote_files(repository, commit) if weights == "streamed" else None
-    return Source(directory, hub.remote_headers(repository, commit), repository, commit, remote)
+    remote = remote_files(repository, commit) if weights == "streamed" else None
+    return Source(directory, remote_headers(repository, commit), repository, commit, remote)
 
 
 def _files(source: Source, plan: Plan, partial: Partial) -> Files:

@@ -21,7 +21,7 @@ import mlx.core as mx
 from ..checkpoints import accounting
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.hub import download_snapshot, is_repository
-from ..convert.reading import remote as hub
+from ..convert.reading import remote
 from ..errors import CheckpointError
 from ..events import Commit, Done
 from ..generation.canvas import Canvas
@@ -193,8 +193,8 @@ def plan_memory(source: str | Path, context: int = accounting.CONTEXT) -> accoun
     Raises CheckpointError.
     """
     if is_repository(source):
-        directory = hub.download(str(source), None, weights=False)
-        checkpoint = Checkpoint.in_directory(directory, hub.remote_headers(str(source), directory.name))
+        directory = remote.download(str(source), None, weights=False)
+        checkpoint = Checkpoint.in_directory(directory, remote.remote_headers(str(source), directory.name))
     else:
         checkpoint = Checkpoint.open(source)
     return accounting.memory_needed(checkpoint.config, checkpoint.nbytes, context, checkpoint.item)

@@ -11,7 +11,7 @@ from xml.sax.saxutils import escape
 
 from ..errors import PromptError
 from ..events import Commit, Draft
-from .cells import Row, clusters, layout, printable
+from .cells import Row, break_rows, clusters, printable
 from .terminal import draft_spans
 from .trace import Traced
 
@@ -208,10 +208,10 @@ def _screens(trace: list[Traced], columns: int) -> Iterator[tuple[float, list[Ro
                 status = f"canvas {draft.canvas + 1} · step {draft.step}/{draft.max_steps}"
                 status += f" · entropy {draft.mean_entropy:.3f}"
                 spans = [("committed", text), *draft_spans(draft, _style)]
-                yield traced.seconds, layout(spans, columns, words=True)[-MOST_ROWS:], status
+                yield traced.seconds, break_rows(spans, columns, words=True)[-MOST_ROWS:], status
             case Commit() as commit:
                 text += printable(commit.text)
-                yield traced.seconds, layout([("committed", text)], columns, words=True)[-MOST_ROWS:], status
+                yield traced.seconds, break_rows([("committed", text)], columns, words=True)[-MOST_ROWS:], status
 
 
 def _style(accepted: bool, entropy: float) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TextIO
 
 from ..events import Commit, Done, Draft, Event, Prefill, Stats
-from .cells import Row, Span, layout, printable
+from .cells import Row, Span, break_rows, printable
 
 if TYPE_CHECKING:
     from ..options import GenerationOptions
@@ -83,7 +83,7 @@ def _can_draw(stream: TextIO) -> bool:
 
 
 def draft_spans(draft: Draft, style: Callable[[bool, float], str]) -> list[Span]:
-    """A draft for `layout`, thoughts and calls too. style: from whether a token is accepted and its entropy in nats."""
+    """A draft for `break_rows`, thoughts and calls too. style: from whether a token is accepted and its entropy in nats."""
     if not draft.pieces:
         return [(style(True, 0.0), printable(draft.text))]
     spans: list[Span] = []
@@ -174,8 +174,8 @@ class _View:
         if not self.region:
             return
         columns, lines = self.region.size()
-        line = layout([("", self.line)], columns)
-        rows = layout(self._spans(), columns)
+        line = break_rows([("", self.line)], columns)
+        rows = break_rows(self._spans(), columns)
         excess = max(len(rows) + 1 - lines, 0)  # the top of a long line gives way first, then the draft's end
         rows = rows[min(excess, max(len(line) - 1, 0)) :][: lines - 1]
         self.region.draw([*rows, _fitting(self.status, columns - 1)])
@@ -264,7 +264,7 @@ class _Region:
         columns, lines = self.size()
         height = len(self.rows)
         if columns < self.columns:  # the terminal has wrapped the rows since
-            height = sum(len(layout([("", row.text)], columns)) or 1 for row in self.rows)
+            height = sum(len(break_rows([("", row.text)], columns)) or 1 for row in self.rows)
         up = min(height, lines) - 1
         return f"\r\x1b[{up}A" if up > 0 else "\r"
 
