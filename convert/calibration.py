@@ -1,4 +1,4 @@
-"""What quantizing costs in use: how far the predictions move, and how many more steps a canvas takes."""
+"""The cost of quantizing in use: how far the predictions move, and how many more steps a canvas takes."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ Check = Callable[[Checkpoint], Iterator[str]]  # what is wrong, one sentence eac
 
 
 def check_checkpoint(directory: str | Path, tell: Tell | None = None) -> list[str]:
-    """What is wrong with the converted checkpoint in `directory`, one sentence each; empty when nothing is.
+    """List what is wrong with the converted checkpoint in `directory`, one sentence each; empty when nothing is.
 
     `tell` is called with the name of every check as it starts.
     """

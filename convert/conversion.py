@@ -50,7 +50,7 @@ class Source:
 
     @property
     def identity(self) -> list[list[object]]:
-        """What changes when the weights do."""
+        """A value that changes when the weights do."""
         files = sorted({entry.file for entry in self.entries.values()})
         if self.remote is not None:
             return [[file, *self.remote.get(file, (self.commit,))] for file in files]
@@ -114,7 +114,7 @@ def plan_conversion(
     dtype: str | None = None,
     revision: str | None = None,
 ) -> Plan:
-    """What `convert_checkpoint` would write with the same arguments. Of a repository only the small files and the
+    """Plan what `convert_checkpoint` would write with the same arguments. Of a repository only the small files and the
     headers of the large ones are read. Raises CheckpointError.
     """
     scheme = make_scheme(bits, group_size, mode, recipe, overrides)
@@ -130,7 +130,7 @@ def plan_tensors(
 
 
 def _find(source: str | Path, revision: str | None, weights: Literal["local", "remote", "streamed"]) -> Source:
-    """`source`, with its weights on this disk, only looked at on the hub, or to be downloaded one by one later."""
+    """Find the source; its weights are on this disk, only looked at on the hub, or to be downloaded one by one later."""
     if not is_repository(source):
         directory = user_path(source)
         ModelConfig.from_directory(directory)  # says most plainly what is wrong with another model's directory

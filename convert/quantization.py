@@ -1,4 +1,4 @@
-"""Which module gets how many bits: modes and recipes as data, and what they make of one checkpoint. No arrays here."""
+"""The bits that each module gets: modes and recipes as data, and what they make of one checkpoint. No arrays here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Bits = int | Literal["auto"] | None
 
 @dataclass(frozen=True)
 class Mode:
-    """What `mx.quantize` offers under one name; the first of each is the default."""
+    """The choices that `mx.quantize` offers in one mode; the first of each is the default."""
 
     bits: tuple[int, ...]
     group_sizes: tuple[int, ...]
@@ -114,7 +114,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Scheme:
-    """What the modules of a checkpoint become. Build it with `make_scheme`, which checks it.
+    """A choice of quantization for every module of a checkpoint. Build it with `make_scheme`, which checks it.
 
     asked: for the recipe's ASKED groups; None leaves everything unquantized.
     keep_nvfp4: carry over the modules that the source has in NVFP4.
@@ -177,7 +177,7 @@ def make_quantization(bits: int | None, group_size: int | None, mode: str) -> Qu
 
 
 def parse_setting(text: str, group_size: int | None = None) -> Quantization | None:
-    """What an override says: a number of bits, a mode, or "none" for unquantized. Raises CheckpointError."""
+    """Read an override: a number of bits, a mode, or "none" for unquantized. Raises CheckpointError."""
     if text == "none":
         return None
     if text in QUANTIZATION_MODES and text != "affine":

@@ -24,7 +24,7 @@ DEFAULT_ROPE = {
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What differs between layers: `kind` is "sliding_attention" or "full_attention"."""
+    """The settings that differ between layers: `kind` is "sliding_attention" or "full_attention"."""
 
     kind: str
     head_dim: int
@@ -101,7 +101,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How weights are quantized: `overrides` maps a module path to its own (group_size, bits, mode), or to None
+    """The way weights are quantized: `overrides` maps a module path to its own (group_size, bits, mode), or to None
     where the module is not quantized.
     """
 

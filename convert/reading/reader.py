@@ -89,16 +89,14 @@ class Reader:
         return mx.array(values).view(MX_DTYPES[entry.dtype]).reshape(count, columns)
 
     def row_scales(self, stored: Stored, role: str, first: int, count: int) -> mx.array:
-        """Of a scale that holds for one or more whole rows each: those of rows [first, first + count), float32
-        [count, 1].
-        """
+        """Read the scale of each of the rows [first, first + count), float32 [count, 1]; rows may share a stored one."""
         entry, each = stored.entries[role], stored.rows_per_scale(role)
         column = replace(entry, shape=(stored.rows // each, 1))
         low, high = first // each, (first + count - 1) // each + 1
         return self.rows(column, low, high - low).astype(mx.float32)[mx.arange(first, first + count) // each - low]
 
     def codes(self, stored: Stored, first: int, count: int) -> list[mx.array]:
-        """What MLX calls weight, scales and, in affine mode, biases of rows [first, first + count)."""
+        """Read what MLX calls weight, scales and, in affine mode, biases of rows [first, first + count)."""
         found = [self.rows(stored.entries[role], first, count) for role in CODE_ROLES if role in stored.entries]
         return [found[0].view(mx.uint32), *found[1:]]
 

@@ -34,7 +34,7 @@ TENSOR_SCALE = "weight_scale_2"  # float32, beside NVFP4's block scales
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a weight is stored: the types of its `weight`, and of the tensors that must and may lie beside it."""
+    """A way to store a weight: the types of its `weight`, and of the tensors that must and may lie beside it."""
 
     summary: str
     dtypes: tuple[str, ...]
@@ -84,7 +84,7 @@ class Stored:
         return math.prod(self.shape[:-1])
 
     def rows_per_scale(self, role: str) -> int:
-        """How many rows in succession share one of the scales under `role`."""
+        """The number of rows in succession that share one of the scales under `role`."""
         return self.rows // math.prod(self.entries[role].shape)
 
 
@@ -115,7 +115,7 @@ class Weight:
 
     @property
     def quantization(self) -> Quantization | None:
-        """What the codes of every piece are in MLX's terms; None unless all agree."""
+        """The quantization of every piece in MLX's terms; None unless all agree."""
         found = {piece.stored.quantization for piece in self.pieces}
         return found.pop() if len(found) == 1 else None
 
@@ -162,7 +162,7 @@ def find_weights(entries: Iterable[Entry], config: ModelConfig) -> list[Weight]:
 
 
 def describe(weights: Iterable[Weight]) -> str:
-    """What kind of checkpoint the weights come from, in one line."""
+    """Say in one line what kind of checkpoint the weights come from."""
     sizes: dict[str, int] = defaultdict(int)
     codes: dict[Quantization, int] = defaultdict(int)
     per_expert = False

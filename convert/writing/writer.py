@@ -52,7 +52,7 @@ def write_shard(
 
 @dataclass
 class Loss:
-    """What quantizing took away, as sums of squares over the slabs that were measured."""
+    """The loss by quantizing, as sums of squares over the slabs that were measured."""
 
     error: float = 0.0
     reference: float = 0.0
@@ -81,7 +81,7 @@ def job_bytes(job: Job, reader: Reader, dtype: mx.Dtype, loss: Loss) -> Iterator
 
 
 def quantize(values: mx.array, quantization: Quantization) -> Arrays:
-    """(weight, scales) and, in affine mode, biases of `values` [rows, columns]."""
+    """Quantize `values` [rows, columns] to (weight, scales) and, in affine mode, biases."""
     return tuple(mx.quantize(values, quantization.group_size, quantization.bits, quantization.mode))
 
 

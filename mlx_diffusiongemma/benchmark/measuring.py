@@ -1,4 +1,4 @@
-"""How fast a model runs here, and where a step's time goes. `benchmark_report` shows what this measures.
+"""Measures how fast a model runs here and where a step's time goes; `report` shows it.
 
 On a machine without a GPU the same runs with smaller ceilings, and the report says that it was a CPU.
 """
@@ -51,7 +51,7 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Machine:
-    """What ran. `load`: of the operating system at the start, where it says one."""
+    """The machine that the measurements ran on. `load`: the operating system's at the start, where it says one."""
 
     chip: str
     system: str
@@ -128,7 +128,7 @@ class Report:
     against: Autoregressive | None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it, with the rates that follow from the rest."""
+        """The report as JSON can hold it, with the rates that follow from the rest."""
         content = asdict(self)
         for written, measured in zip(content["fixed"], self.fixed, strict=True):
             written |= {"seconds_per_step": measured.seconds_per_step, "tokens_per_second": measured.tokens_per_second}
@@ -187,7 +187,7 @@ def run_benchmark(
 
 
 def plan_memory(source: str | Path, context: int = accounting.CONTEXT) -> accounting.Memory:
-    """What a converted checkpoint, a directory or a repository, needs to run after `context` tokens.
+    """The memory that a converted checkpoint, a directory or a repository, needs to run after `context` tokens.
 
     From its shapes alone: of a repository only the small files and the headers of the large ones are read.
     Raises CheckpointError.

@@ -25,7 +25,7 @@ def render(report: Report) -> Group:
 
 
 def render_plan(memory: Memory, context: int = CONTEXT) -> Table:
-    """What running needs: weights, keys and values, one step; then what some uses add."""
+    """Render the memory that running needs: weights, keys and values, one step; then what some uses add."""
     table = Table(title=f"Memory with {context:,} tokens of context", title_justify="left")
     table.add_column("part")
     table.add_column("GB", justify="right")

@@ -82,7 +82,7 @@ def _kind(kept: Any) -> str:
 
 
 def _in_turn(layers: list[Any], work: Callable[[Any, mx.array], mx.array], x: mx.array) -> mx.array:
-    """`work` of every layer on the same x, one after the other as in the model."""
+    """Do the `work` of every layer on the same x, one after the other as in the model."""
     output = x
     for layer in layers:
         output = work(layer, mx.depends(x, [output]))

@@ -1,4 +1,4 @@
-"""mlx-dg convert"""
+"""The verb `mlx-dg convert`."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _overrides(settings: list[str]) -> dict[str, str]:
 
 
 def _suffix(bits: int | str | None, mode: str, recipe: str) -> str:
-    """How a converted directory's name ends."""
+    """The end of a converted directory's name."""
     if bits is None:
         return "mlx"
     if mode != "affine":

@@ -1,4 +1,4 @@
-"""mlx-dg generate"""
+"""The verb `mlx-dg generate`."""
 
 from __future__ import annotations
 

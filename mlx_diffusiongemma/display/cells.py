@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
 
 def printable(text: str) -> str:
-    """`text` with every character that a terminal would obey made visible; line breaks and tabs stay."""
+    """Make every character visible that a terminal would obey; line breaks and tabs stay."""
     return text.replace("\r\n", "\n").translate(UNPRINTABLE)
 
 

@@ -47,7 +47,7 @@ NO_DRAFTS = "The trace has no drafts, so there is nothing to draw; trace a whole
 
 @dataclass(frozen=True)
 class Frame:
-    """What an animation shows for so many seconds: rows of the styles in `COLORS`, the last one a status line."""
+    """A picture of an animation and how long it is shown: rows of the styles in `COLORS`, the last a status line."""
 
     rows: list[Row]
     seconds: float
@@ -76,7 +76,7 @@ def animated_svg(trace: list[Traced], columns: int = COLUMNS) -> str:
 
 
 def animated_gif(trace: list[Traced], path: str | Path, columns: int = COLUMNS, font: str | Path | None = None) -> None:
-    """`animated_svg` as a GIF, for places that show no SVG.
+    """Write the animation of `animated_svg` as a GIF, for places that show no SVG.
 
     font: a TrueType font file, instead of the system's. Characters that no font has are drawn as boxes.
     Raises PromptError where there are no drafts, or the font or the file cannot be used.
@@ -172,7 +172,7 @@ def _level(entropy: float, top: float) -> int:
 
 
 def _color(level: int) -> str:
-    """Of `SCALE`, in between its colors."""
+    """The color of a level: one of `SCALE`, or between two of them."""
     place = level / (LEVELS - 1) * (len(SCALE) - 1)
     index = min(int(place), len(SCALE) - 2)
     return "#" + _blend(SCALE[index], SCALE[index + 1], place - index).hex()

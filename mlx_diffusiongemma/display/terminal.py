@@ -51,7 +51,7 @@ def show(
 
 
 def statistics_line(stats: Stats) -> str:
-    """What a request cost, in one line for people."""
+    """Say what a request cost, in one line for people."""
     prompt = f"prompt {_count(stats.prompt_tokens, 'token')}"
     if stats.cached_tokens:
         prompt += f" ({stats.cached_tokens} cached)"
@@ -83,7 +83,10 @@ def _can_draw(stream: TextIO) -> bool:
 
 
 def draft_spans(draft: Draft, style: Callable[[bool, float], str]) -> list[Span]:
-    """A draft for `break_rows`, thoughts and calls too. style: from whether a token is accepted and its entropy in nats."""
+    """A draft for `break_rows`, thoughts and calls too.
+
+    style: names one, from whether a token is accepted and its entropy in nats.
+    """
     if not draft.pieces:
         return [(style(True, 0.0), printable(draft.text))]
     spans: list[Span] = []
@@ -96,7 +99,7 @@ def draft_spans(draft: Draft, style: Callable[[bool, float], str]) -> list[Span]
 
 
 class _View:
-    """What is on the screen: the reply's unfinished last line, the draft that continues it, and a status line."""
+    """The part of the screen that changes: the reply's unfinished last line, the draft that continues it, a status line."""
 
     def __init__(
         self,
@@ -205,7 +208,7 @@ class _View:
 
 
 def _fitting(parts: list[str], columns: int) -> Row:
-    """As many of `parts` as a row holds."""
+    """Join as many of `parts` as a row holds."""
     text = parts[0][:columns]
     for part in parts[1:]:
         if len(text) + len(" · ") + len(part) > columns:

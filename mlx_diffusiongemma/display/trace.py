@@ -67,7 +67,7 @@ class TraceWriter:
 
 
 def read_trace(path: str | Path) -> list[Traced]:
-    """What `TraceWriter` wrote, or the output of `--json`. Raises PromptError where the file is neither."""
+    """Read what `TraceWriter` wrote, or the output of `--json`. Raises PromptError where the file is neither."""
     try:
         lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except OSError as error:

@@ -21,9 +21,10 @@ Allowed = tuple[int, ...] | None  # ids that a position may take; None: any
 
 
 class InParts:
-    """`model`, which computes at most `most` rows at once, one part of the batch after the other.
+    """Computes what `model` does, at most `most` rows at once: one part of the batch after the other.
 
-    To the run it is one batch: draws and stopping are those of all rows, however few are computed at once.
+    To the run it is one batch: draws and stopping are those of all rows, however few are computed at once. All rows
+    follow the same prefix.
     """
 
     def __init__(self, model: DiffusionGemma, most: int):
@@ -43,7 +44,7 @@ class InParts:
         return self.model.embed(tokens)
 
     def read_vocabulary(self, hidden: mx.array, temperature: float | mx.array, key: mx.array | None = None) -> Reading:
-        """As the model's. key: one per row, [B, 2], or none."""
+        """Read the vocabulary as the model does. key: one per row, [B, 2], or none."""
         readings: list[Reading] = []
         for part in self._parts(hidden.shape[0]):
             before = [array for reading in readings[-1:] for array in reading if array is not None]
@@ -54,7 +55,7 @@ class InParts:
         return Reading._make(None if arrays[0] is None else self._joined(arrays, hidden.shape[0]) for arrays in columns)
 
     def _parts(self, rows: int) -> list[slice]:
-        """As few as possible and all of one size, for which buffers stay: the last one may repeat some rows."""
+        """Cut the rows into the fewest parts, all of one size, for which buffers stay: the last one may repeat some rows."""
         count = -(-rows // self.most)
         size = -(-rows // count)
         starts = [min(number * size, rows - size) for number in range(count)]
@@ -83,7 +84,7 @@ class Restricted:
     def read(
         self, hidden: mx.array, temperature: float | mx.array, key: mx.array | None, jobs: Sequence[Job]
     ) -> Reading:
-        """`read_vocabulary` of the canvases, with the restricted positions replaced."""
+        """Read the vocabulary as `denoiser` does, then once more at the restricted positions."""
         reading = self.denoiser.read_vocabulary(hidden, temperature, key)
         heat = mx.array(temperature).reshape(-1, 1, 1)
         for ids, array in self.kinds:

@@ -26,10 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Edited(Result):
-    """`text` is the whole text with the span written anew, or as it was where `finish_reason` is cancelled or length.
-    diff: unified, from the old text to the new.
+    """An edited text: `text` is all of it, with the span as it was where `finish_reason` is cancelled or length.
 
-    attempts: the lengths tried and their scores.
+    diff: unified, from the old text to the new. attempts: the lengths tried and their scores.
     """
 
     diff: str = ""
@@ -110,7 +109,7 @@ def edit(
 
 
 def unified_diff(before: str, after: str, name: str = "text") -> str:
-    """What `diff -u` prints, "" where nothing changed; `name` is the file's."""
+    """Compare two texts as `diff -u` prints it; "" where nothing changed. name: the file's."""
     diff = difflib.unified_diff(_lines(before), _lines(after), f"a/{name}", f"b/{name}")
     return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in diff)
 

@@ -106,7 +106,7 @@ def text_tokens(processor: Processor, text: str) -> list[int]:
 def lay_out(
     window: Sequence[Segment], choices: Sequence[int], length: int, ending: Sequence[int] | None
 ) -> GappedCanvas:
-    """`window` on a canvas of `length`, with the chosen filling in each gap and all else pinned.
+    """Lay `window` on a canvas of `length`, with the chosen filling in each gap and all else pinned.
 
     ending: what follows the text where it ends on this canvas; its last token fills the rest. None: the rest is free.
     """

@@ -1,4 +1,4 @@
-"""How probable given tokens are at given places of a canvas, and what follows from it."""
+"""Scores: how probable given tokens are at given places of a canvas, and what follows from it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Probe(NamedTuple):
 
 
 class Cancelled(Exception):
-    """What is being computed is not wanted any more. Never leaves the request that was cancelled."""
+    """Nobody wants any more what is being computed. Never leaves the request that was cancelled."""
 
 
 def log_probabilities(

@@ -221,7 +221,7 @@ class GapFiller:
         )
 
     def _lead(self, before: int, first: int) -> int:
-        """How many of the tokens `before` the gap lie with it on the canvas.
+        """Count the tokens `before` the gap that lie with it on the canvas.
 
         A reply is cut into canvases from its first token on, as in training; a gap that would then have too little of
         what follows beside it begins a canvas of its own.
@@ -319,7 +319,7 @@ class GapFiller:
         return [(start.filled(latest[job].tokens), latest[job]) for job, start in canvases.items()]
 
     def _surprises(self, rows: list[GappedCanvas]) -> list[float]:
-        """How much each filled canvas surprises the model, in nats: minus the log probability of every token from the
+        """The surprise of each filled canvas to the model, in nats: minus the log probability of every token from the
         first gap up to where the text ends on all of the canvases, each with all others in place.
 
         A token that is seen in its place is nearly always believed, right or wrong. So noise takes the place of those

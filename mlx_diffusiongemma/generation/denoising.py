@@ -39,8 +39,8 @@ class Job:
 
 
 class Step(NamedTuple):
-    """What one step, counted from 1, shows of one canvas: its argmax tokens, which positions are accepted, their
-    entropies in nats, and whether the canvas is done.
+    """One canvas as a step, counted from 1, leaves it: its argmax tokens, which positions are accepted, their entropies
+    in nats, and whether the canvas is done.
     """
 
     job: Job
@@ -186,7 +186,7 @@ class Denoising:
 
 
 class _State(NamedTuple):
-    """What the next step of some canvases starts from.
+    """Some canvases between two steps: all that the next one starts from.
 
     numbers: the steps that each has had. canvas [B, L]: the tokens to read. tokens [B, L] and unchanged [B]: the last
     argmax canvas, and for how many steps it has been the same. start [B, L]: where they began. soft_embedding

@@ -79,7 +79,7 @@ def generate(
     seed: int | None = None,
     cancel: threading.Event | None = None,
 ) -> Result:
-    """`stream`, to the end: the whole reply."""
+    """Generate a reply and return it whole; the arguments are those of `stream`."""
     events = stream(
         model,
         processor,

@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """What a reply, a filling or a decision is asked for with.
+    """All that a reply, a filling or a decision is asked for with, checked and complete.
 
-    canvas: what to start from instead of noise. cache: a prefix that is
-    kept from one request to the next; None is one of the request's own. cancel: once set, from any thread, the request
-    ends within one step.
+    canvas: what to start from instead of noise. cache: a prefix that is kept from one request to the next; None is one
+    of the request's own. cancel: once set, from any thread, the request ends within one step.
     """
 
     prompt: Prompt
