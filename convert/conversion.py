@@ -130,7 +130,7 @@ def plan_tensors(
 
 
 def _find(source: str | Path, revision: str | None, weights: Literal["local", "remote", "streamed"]) -> Source:
-    """Find the source; its weights are on this disk, only looked at on the hub, or to be downloaded one by one later."""
+    """Find the source: its weights on this disk, only looked at on the hub, or to be downloaded one by one later."""
     if not is_repository(source):
         directory = user_path(source)
         ModelConfig.from_directory(directory)  # says most plainly what is wrong with another model's directory

@@ -89,7 +89,7 @@ class Reader:
         return mx.array(values).view(MX_DTYPES[entry.dtype]).reshape(count, columns)
 
     def row_scales(self, stored: Stored, role: str, first: int, count: int) -> mx.array:
-        """Read the scale of each of the rows [first, first + count), float32 [count, 1]; rows may share a stored one."""
+        """Read a scale for each of the rows [first, first + count), float32 [count, 1]; rows can share a stored one."""
         entry, each = stored.entries[role], stored.rows_per_scale(role)
         column = replace(entry, shape=(stored.rows // each, 1))
         low, high = first // each, (first + count - 1) // each + 1

@@ -99,7 +99,7 @@ def draft_spans(draft: Draft, style: Callable[[bool, float], str]) -> list[Span]
 
 
 class _View:
-    """The part of the screen that changes: the reply's unfinished last line, the draft that continues it, a status line."""
+    """The part of the screen that changes: the reply's unfinished last line, the draft that continues it, a status."""
 
     def __init__(
         self,

@@ -55,7 +55,7 @@ class InParts:
         return Reading._make(None if arrays[0] is None else self._joined(arrays, hidden.shape[0]) for arrays in columns)
 
     def _parts(self, rows: int) -> list[slice]:
-        """Cut the rows into the fewest parts, all of one size, for which buffers stay: the last one may repeat some rows."""
+        """Cut the rows into the fewest parts, all of one size, for which buffers stay: the last may repeat rows."""
         count = -(-rows // self.most)
         size = -(-rows // count)
         starts = [min(number * size, rows - size) for number in range(count)]
