@@ -51,7 +51,7 @@ class Calibration:
     note: str = ""
 
     def render(self) -> str:
-        """For a person, in Markdown too."""
+        """The result as a person reads it, in Markdown too."""
         if self.kl is None:
             return f"{self.steps:.2f} steps per canvas over {self.prompts} prompts. {self.note}"
         return (

@@ -33,7 +33,7 @@ def check_checkpoint(directory: str | Path, tell: Tell | None = None) -> list[st
 
 
 def check_files(directory: Path) -> list[str]:
-    """The same for what takes no time: configuration, names, shapes, types and hashes."""
+    """List what can be told wrong in no time: configuration, names, shapes, types and hashes."""
     return _run(directory, dict(list(CHECKS.items())[:3]), lambda _: None)
 
 

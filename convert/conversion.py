@@ -1,4 +1,4 @@
-"""From a source and its options to a directory that loads here and in mlx-vlm."""
+"""Conversion, from a source and its options to a directory that loads here and in mlx-vlm."""
 
 from __future__ import annotations
 
