@@ -11,7 +11,7 @@ Part = tuple[PartKind, str]
 
 
 def join_text(parts: list[Part]) -> str:
-    """The visible text of `parts`: thoughts and tool calls left out."""
+    """Join the visible text of `parts`: thoughts and tool calls are left out."""
     return "".join(text for kind, text in parts if kind == "text")
 
 

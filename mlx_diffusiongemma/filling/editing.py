@@ -84,26 +84,28 @@ def edit(
     gap = Gap(tuple(_started(own, length, strength, settings.seed) for length in _lengths(len(own), longest)))
     segments: list[Segment] = [text_tokens(processor, text[:start]), gap, text_tokens(processor, text[stop:])]
     request = make_request(model, processor, instruction, options=settings, cache=cache, cancel=cancel)
+
+    def written(tokens: list[int] | None) -> str:
+        return text[start:stop] if tokens is None else processor.draft_text(tokens)
+
     filler = GapFiller(
         model,
         processor,
         request,
         [segment for segment in segments if segment],
         reply_ending(processor, is_reply=True),
-        [text[:start], processor.draft_text, text[stop:]],
+        [text[:start], written, text[stop:]],
         replies=True,
         on_event=on_event,
     )
     stats = filler.run()
-    written = [processor.draft_text(tokens) for tokens in filler.filled]  # one; none where it was not finished
-    new = text[:start] + "".join(written or [text[start:stop]]) + text[stop:]
     return Edited(
-        text=new,
+        text=filler.text,
         tokens=filler.tokens,
         finish_reason=filler.finish_reason,
         stats=stats,
         seed=settings.seed,
-        diff=unified_diff(text, new),
+        diff=unified_diff(text, filler.text),
         attempts=filler.attempts,
     )
 

@@ -114,15 +114,18 @@ def fill(
         ending,
         [partial(_read, processor, own=fields[piece]) if place % 2 else piece for place, piece in enumerate(pieces)],
         replies=instruction is not None,
+        at_once=True,
         on_event=on_event,
     )
     confidence: dict[str, float] = {}
     stats = filler.run(lambda: confidence.update(_confidence(filler, names)))
     if filler.finish_reason != "stop":
-        return Form("", finish_reason=filler.finish_reason, stats=stats, seed=settings.seed, attempts=filler.attempts)
+        return Form(
+            filler.text, finish_reason=filler.finish_reason, stats=stats, seed=settings.seed, attempts=filler.attempts
+        )
     values = {name: _read(processor, tokens, fields[name]) for name, tokens in zip(names, filler.filled, strict=True)}
     return Form(
-        text=PLACE.sub(lambda place: values[place[1]], template),
+        text=filler.text,
         tokens=filler.tokens,
         stats=stats,
         seed=settings.seed,

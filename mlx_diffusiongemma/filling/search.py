@@ -31,7 +31,10 @@ EVERY = 32  # combinations of several gaps' fillings, up to which all are tried
 NEIGHBOURS = 4  # tokens after a gap that tell best whether its length is right
 
 Choices = tuple[int, ...]  # for each gap on a canvas, which of its fillings
-Piece = str | Callable[[list[int]], str]  # of a text: as it stands, or what the tokens of a gap read as
+# Of a text: as it stands, or what the tokens of a gap read as, and what stands there while it is open (None).
+Piece = str | Callable[[list[int] | None], str]
+
+NOTHING: tuple[int, list[int], int] = (0, [], 0)  # of a commit: its canvas, tokens and steps
 
 
 class Full(Exception):
@@ -54,9 +57,11 @@ class GapFiller:
 
     ending: what follows the last segment; its last token fills the canvas up, as in training. None: the reply is open,
     and in a gap at the end the model may end it itself.
-    pieces: the text that all this makes, for events: `Prefill`s, then `Draft`s of the most certain try and `Commit`s
-    of the text that has no open gap before it, then `Done`. Joined, the commits are the whole text.
+    pieces: the text that all this makes.
     replies: an empty thought comes first where the model begins its replies with one.
+    at_once: the text counts only when every gap is filled; else what precedes the first open gap is certain.
+    on_event: is called with `Prefill`s, then `Draft`s of the most certain try and `Commit`s of the text that became
+    certain, then `Done`. Joined, the commits are `text`.
     The request's `max_tokens` bounds all gaps together. Cancelled, the gaps of the canvas at work stay open.
     Raises PromptError where a gap is longer than `longest_gap` allows, or everything than the context.
     """
@@ -71,12 +76,15 @@ class GapFiller:
         pieces: Sequence[Piece],
         *,
         replies: bool,
+        at_once: bool = False,
         on_event: Callable[[Event], object] | None = None,
     ):
         self.model, self.processor, self.request, self.options = model, processor, request, request.options
-        self.segments, self.ending, self.pieces, self.replies = list(segments), ending, pieces, replies
+        self.segments, self.ending, self.replies = list(segments), ending, replies
+        self.pieces, self.at_once = pieces, at_once
         self.report = on_event or (lambda event: None)
         self.reported = 0  # characters of the text that commits had
+        self.unreported = NOTHING
         self.finish_reason: FinishReason = "stop"
         self.length, self.vocabulary = self.options.canvas_length, model.config.text.vocab_size
         self.noise = noise_canvases(self.options.seed, 1, self.length, self.vocabulary)[0]
@@ -106,6 +114,14 @@ class GapFiller:
         """The reply, without the gaps that are still open."""
         return given_tokens(self.segments)
 
+    @property
+    def text(self) -> str:
+        """The whole text; "" where it counts only when every gap is filled, and one is open."""
+        if self.at_once and self.finish_reason != "stop":
+            return ""
+        filled = iter(self.filled)
+        return "".join(piece if isinstance(piece, str) else piece(next(filled, None)) for piece in self.pieces)
+
     def run(self, finish: Callable[[], None] = lambda: None) -> Stats:
         """Fill every gap, in order; `filled`, `attempts`, `steps` and `finish_reason` say how. Returns what it cost.
 
@@ -117,7 +133,7 @@ class GapFiller:
             with nullcontext() if kept is None else kept.reserved():
                 self._read_prefix([])
                 prefilled = time.perf_counter()
-                self._commit(0, [], 0)
+                self._commit(*NOTHING)
                 self._fill()
                 finish()
         except Cancelled:
@@ -126,6 +142,7 @@ class GapFiller:
             self.finish_reason = "length"
         finally:
             peak_bytes = peak.stop()
+        self._commit(*(self.unreported if self.finish_reason == "stop" else NOTHING), is_over=True)
         ended = time.perf_counter()
         prefilled = prefilled or ended
         self.stats = replace(
@@ -183,21 +200,30 @@ class GapFiller:
             ends = (place for place, token in enumerate(gap) if token in self.options.end_tokens)
             self.filled.append(gap[: next(ends, len(gap))])
             self.segments[index] = self.filled[-1]
-        self._commit(len(self.steps) - 1, tokens[lead : self.canvas.end], self.steps[-1])
+        made = len(self.steps) - 1, tokens[lead : self.canvas.end], self.steps[-1]
+        if self.at_once:
+            self.unreported = made
+        else:
+            self._commit(*made)
 
-    def _commit(self, canvas: int, tokens: list[int], steps: int) -> None:
-        """Report the text that has become certain: all up to the first gap that is open."""
-        text, filled = "", iter(self.filled)
+    def _commit(self, canvas: int, tokens: list[int], steps: int, is_over: bool = False) -> None:
+        """Report the text that has become certain; when all is over, that is everything."""
+        text = self.text if is_over else self._certain_text()
+        new, self.reported = text[self.reported :], len(text)
+        if new or tokens:
+            self.report(Commit(canvas, tokens, [("text", new)] * bool(new), steps))
+
+    def _certain_text(self) -> str:
+        """The text that no gap still open can change."""
+        filled, text = iter(self.filled), ""
         for piece in self.pieces:
             if isinstance(piece, str):
                 text += piece
             elif (gap := next(filled, None)) is not None:
                 text += piece(gap)
             else:
-                break
-        new, self.reported = text[self.reported :], len(text)
-        if new or tokens:
-            self.report(Commit(canvas, tokens, [("text", new)] * bool(new), steps))
+                return "" if self.at_once else text
+        return text
 
     def _draft(self, canvas: GappedCanvas, lead: int, step: Step | None) -> None:
         """Report a step of a canvas, or one that was not denoised, from where its text is not certain yet."""
@@ -280,7 +306,7 @@ class GapFiller:
         number = len(self.steps) - 1
         self.attempts += [Attempt(number, own.lengths, value) for own, value in zip(canvases, surprises, strict=True)]
         best = min(range(len(canvases)), key=lambda index: (surprises[index], sum(canvases[index].lengths)))
-        self._draft(*tried[best][:1], lead, tried[best][1])
+        self._draft(canvases[best], lead, tried[best][1])
         return combinations[best], canvases[best]
 
     def _denoise(self, starts: list[GappedCanvas], lead: int) -> list[tuple[GappedCanvas, Step | None]]:

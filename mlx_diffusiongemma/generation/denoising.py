@@ -91,7 +91,7 @@ class Denoising:
         for job in leaving:
             job.cache.release()
 
-    def steps(self) -> Generator[list[Step]]:
+    def steps(self) -> Generator[list[Step], None, None]:
         """Run until every canvas is done; closing the iterator drops those that are left."""
         try:
             while self.jobs:

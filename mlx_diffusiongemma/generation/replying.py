@@ -36,7 +36,7 @@ def stream(
     max_tokens: int | None = None,
     seed: int | None = None,
     cancel: threading.Event | None = None,
-) -> Generator[Event]:
+) -> Generator[Event, None, None]:
     """Generate a reply and report it as it forms: `Prefill`s, then `Draft`s and a `Commit` per canvas, then `Done`.
 
     prompt: a string (one user turn), chat messages, token ids or a `Prompt`. images, tools, thinking: see
@@ -130,7 +130,7 @@ def reply(
     requests: Sequence[Request],
     options: Settings,
     fits: Callable[[Sequence[Request]], bool] = lambda requests: True,
-) -> Generator[tuple[int, Event]]:
+) -> Generator[tuple[int, Event], None, None]:
     """The whole loop: the events of the replies to `requests`, each with the number of its request.
 
     options: how all of them are denoised; a request's own say the rest. fits: whether so many requests can be in flight

@@ -8,51 +8,24 @@ alone, without padding, gives the same soft tokens.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
-import http.client
-import io
 import math
 import os
-import struct
-import time
-import urllib.parse
-import urllib.request
-import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import PromptError
+from .sources import MAX_PIXELS, MOVING, STILL, one_sentence, opened
 
 BUDGETS = (70, 140, 280, 560, 1120)
 # Of Gemma 4's video processor: most soft tokens per frame, most frames, and frames per second where nothing says.
 VIDEO_BUDGET, VIDEO_FRAMES, VIDEO_FPS = 70, 32, 24.0
-MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb
 MAX_VIDEO_PIXELS = 2**30  # of all frames together: 500 frames of 1920 × 1080
 SLOWEST_FPS = 1e-6  # a frame in twelve days; a time has to stay a number
-MAX_DOWNLOAD_BYTES = 32 * 2**20
-DOWNLOAD_SECONDS = 30.0
-
-# Pillow knows more formats; these are safe on files from strangers (EPS, for one, would run Ghostscript). HEIF is
-# read where pillow-heif has registered it, AVIF from Pillow 11.3 on.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "ICO")
-# What Pillow's decoders raise for damaged files.
-_DAMAGED = (
-    *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError),
-    *(struct.error, zlib.error),
-)
-# What a source is taken for, and what to give instead of one that is not.
-IMAGE, VIDEO = "an image", "a video"
-_INSTEAD = {
-    IMAGE: "give a PNG, JPEG, WebP or GIF file",
-    VIDEO: "give a GIF, WebP or APNG file, or its frames as a list of images",
-}
-_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image
 VideoSource = ImageSource | Sequence[ImageSource]
@@ -83,18 +56,24 @@ class PreparedVideo:
 
 
 def prepare_image(
-    source: ImageSource, *, budget: int = 280, patch_size: int = 16, pooling: int = 3, allow_urls: bool = False
+    source: ImageSource,
+    *,
+    budget: int = 280,
+    patch_size: int = 16,
+    pooling: int = 3,
+    allow_files: bool = True,
+    allow_urls: bool = False,
 ) -> PreparedImage:
     """Read `source` and cut it into patches (`Gemma4ImageProcessorPil._preprocess`).
 
-    source: a path, a file's bytes, a `data:` URL, a Pillow image, or, with `allow_urls`, an http(s) URL.
+    source: a file's bytes, a `data:` URL, a Pillow image, with `allow_files` a path, with `allow_urls` an http(s) URL.
     budget: most soft tokens, one of `BUDGETS`.
     pooling: patches per soft token along each side.
     Raises PromptError.
     """
     if budget not in BUDGETS:
         raise PromptError(f"An image budget is one of {', '.join(map(str, BUDGETS))} soft tokens, not {budget!r}.")
-    return _cut(load_image(source, allow_urls=allow_urls), budget, patch_size, pooling)
+    return _cut(load_image(source, allow_files=allow_files, allow_urls=allow_urls), budget, patch_size, pooling)
 
 
 def prepare_video(
@@ -104,24 +83,44 @@ def prepare_video(
     fps: float | None = None,
     patch_size: int = 16,
     pooling: int = 3,
+    allow_files: bool = True,
     allow_urls: bool = False,
 ) -> PreparedVideo:
-    """The frames that `sample_video` takes, each cut into patches for at most `VIDEO_BUDGET` soft tokens. Raises
-    PromptError.
+    """Take frames from a video as `sample_video` does, and cut each into patches for at most `VIDEO_BUDGET` soft
+    tokens. Raises PromptError.
     """
-    prepared = [
-        (_cut(picture, VIDEO_BUDGET, patch_size, pooling), seconds)
-        for picture, seconds in sample_video(source, frames=frames, fps=fps, allow_urls=allow_urls)
-    ]
+    sampled = sample_video(source, frames=frames, fps=fps, allow_files=allow_files, allow_urls=allow_urls)
+    prepared = [(_cut(picture, VIDEO_BUDGET, patch_size, pooling), seconds) for picture, seconds in sampled]
     return PreparedVideo(*zip(*prepared, strict=True))
 
 
+def image_of_patches(pixels: np.ndarray, positions: np.ndarray, *, patch_size: int, pooling: int) -> PreparedImage:
+    """Put a prepared image together again from its two arrays. Raises ValueError where no image has such."""
+    if pixels.ndim != 2 or pixels.shape[1] != 3 * patch_size**2 or positions.shape != (len(pixels), 2):
+        raise ValueError("the arrays of an image have other shapes than patches have")
+    if not len(pixels) or not np.all((pixels >= 0) & (pixels <= 1)):  # which what is not a number is not either
+        raise ValueError("an image has no pixels, or some that are not from 0 to 1")
+    columns, rows = (int(last) + 1 for last in positions.max(axis=0))
+    if columns * rows != len(pixels) or columns % pooling or rows % pooling:
+        raise ValueError("the patches of an image form no grid")
+    raster = np.rint(pixels * 255).astype(np.uint8).reshape(rows, columns, patch_size, patch_size, 3)
+    image = _in_patches(raster.swapaxes(1, 2).reshape(rows * patch_size, -1, 3), patch_size, pooling)
+    if not np.array_equal(image.positions, positions) or not np.array_equal(image.pixels, pixels):
+        raise ValueError("the patches of an image are not in order, or have colors that no picture has")
+    return image
+
+
 def _cut(picture: Image.Image, budget: int, patch_size: int, pooling: int) -> PreparedImage:
-    """An upright RGB picture, resized and in patches."""
-    width, height = resized_size(*picture.size, budget=budget, patch_size=patch_size, pooling=pooling)
-    if picture.size != (width, height):
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    raster = np.asarray(picture)
+    """Resize an upright RGB picture and cut it into patches."""
+    size = resized_size(*picture.size, budget=budget, patch_size=patch_size, pooling=pooling)
+    if picture.size != size:
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+    return _in_patches(np.asarray(picture), patch_size, pooling)
+
+
+def _in_patches(raster: np.ndarray, patch_size: int, pooling: int) -> PreparedImage:
+    """Cut a picture [height, width, 3] of bytes, whose sides are multiples of patch_size * pooling, into patches."""
+    height, width, _ = raster.shape
     columns, rows = width // patch_size, height // patch_size
     patches = raster.reshape(rows, patch_size, columns, patch_size, 3).swapaxes(1, 2).reshape(rows * columns, -1)
     y, x = np.divmod(np.arange(rows * columns, dtype=np.int32), np.int32(columns))
@@ -134,8 +133,8 @@ def _cut(picture: Image.Image, budget: int, patch_size: int, pooling: int) -> Pr
 
 
 def resized_size(width: int, height: int, *, budget: int, patch_size: int = 16, pooling: int = 3) -> tuple[int, int]:
-    """The (width, height) in pixels that a picture of this size is resized to: both multiples of
-    patch_size * pooling, of at most `budget` such squares (`get_aspect_ratio_preserving_size`).
+    """Choose the (width, height) in pixels that a picture is resized to: both multiples of patch_size * pooling, of
+    at most `budget` such squares, and about as long as wide as it was (`get_aspect_ratio_preserving_size`).
     """
     square = patch_size * pooling
     factor = math.sqrt(budget * square**2 / (width * height))
@@ -148,21 +147,26 @@ def resized_size(width: int, height: int, *, budget: int, patch_size: int = 16, 
     return columns * square, rows * square
 
 
-def load_image(source: ImageSource, *, allow_urls: bool = False) -> Image.Image:
-    """The picture in `source` (its first frame, if it moves), upright, as RGB on white. Raises PromptError."""
+def load_image(source: ImageSource, *, allow_files: bool = True, allow_urls: bool = False) -> Image.Image:
+    """Read the picture in `source` (its first frame, if it moves): upright, as RGB on white. Raises PromptError."""
     if isinstance(source, Image.Image):
-        with _one_sentence("The image", IMAGE):
+        with one_sentence("The image", STILL):
             return _upright_rgb(source)
     if not isinstance(source, str | os.PathLike | bytes):
         raise PromptError(f"An image is a path, a file's bytes or a Pillow image, not a {type(source).__name__}.")
-    with _opened(source, allow_urls, IMAGE) as image:
+    with opened(source, STILL, allow_files=allow_files, allow_urls=allow_urls) as image:
         return _upright_rgb(image)
 
 
 def sample_video(
-    source: VideoSource, *, frames: int | None = None, fps: float | None = None, allow_urls: bool = False
+    source: VideoSource,
+    *,
+    frames: int | None = None,
+    fps: float | None = None,
+    allow_files: bool = True,
+    allow_urls: bool = False,
 ) -> Iterator[tuple[Image.Image, float]]:
-    """At most `frames` pictures, evenly spaced from the first on, each with its time in seconds
+    """Yield at most `frames` pictures, evenly spaced from the first on, each with its time in seconds
     (`default_sample_indices_fn`). One is in memory at a time.
 
     source: a file that Pillow can play (GIF, WebP, APNG, AVIF), in any form `load_image` takes, or a list of frames.
@@ -177,37 +181,38 @@ def sample_video(
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not SLOWEST_FPS <= fps < math.inf:
         raise PromptError(f"A video's frames per second are a number, at least {SLOWEST_FPS:f}, not {fps!r}.")
     if isinstance(source, Image.Image):
-        with _one_sentence("The video", VIDEO):
+        with one_sentence("The video", MOVING):
             yield from _sample_animation(source, frames)
     elif isinstance(source, str | os.PathLike | bytes):
-        with _opened(source, allow_urls, VIDEO) as image:
+        with opened(source, MOVING, allow_files=allow_files, allow_urls=allow_urls) as image:
             yield from _sample_animation(image, frames)
-    elif not isinstance(source, Sequence):
+    elif not isinstance(source, Sequence) or isinstance(source, bytearray | memoryview):
         raise PromptError(
             f"A video is a path, a file's bytes, a Pillow image or a list of frames, not a {type(source).__name__}."
         )
     elif not source:
         raise PromptError("The video has no frames; give at least one.")
     else:
-        for place in _evenly_spaced(frames, len(source)):
-            yield load_image(source[place], allow_urls=allow_urls), place / fps
+        pictures: Sequence[Any] = source  # each is checked when it is read
+        for place in _evenly_spaced(frames, len(pictures)):
+            yield load_image(pictures[place], allow_files=allow_files, allow_urls=allow_urls), place / fps
 
 
 def timestamp(seconds: float) -> str:
-    """A frame's time as Gemma reads it: mm:ss, rounded down."""
+    """Write a frame's time as Gemma reads it: mm:ss, rounded down."""
     return f"{int(seconds // 60):02d}:{int(seconds % 60):02d}"
 
 
 def video_text(times: Sequence[float], frames: Sequence[str]) -> str:
-    """The prompt text of a video: when each frame is shown, in seconds, then the frame's own text
-    (`Gemma4Processor.replace_video_token`).
+    """Write what stands for a video in the prompt: when each frame is shown, then the frame's own text
+    (`Gemma4Processor.replace_video_token`). times: in seconds.
     """
     return " ".join(f"{timestamp(seconds)} {frame}" for seconds, frame in zip(times, frames, strict=True))
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    """`image` turned as its EXIF orientation says (`load_image`), transparency on white (`convert_to_rgb`), which
-    Transformers' loader would cut off before its processor sees it. Raises PromptError.
+    """Turn a picture as its EXIF orientation says (`load_image`) and put what is transparent on white
+    (`convert_to_rgb`), which Transformers' loader would cut off before its processor sees it. Raises PromptError.
     """
     _check_size(image)
     image = ImageOps.exif_transpose(image)
@@ -254,88 +259,3 @@ def _sample_animation(image: Image.Image, frames: int) -> Iterator[tuple[Image.I
 def _evenly_spaced(count: int, total: int) -> list[int]:
     count = min(count, total)
     return [i * total // count for i in range(count)]
-
-
-@contextmanager
-def _opened(source: str | os.PathLike[str] | bytes, allow_urls: bool, kind: str) -> Iterator[Image.Image]:
-    """`source` opened by Pillow. What goes wrong while it is open becomes a PromptError that names it."""
-    name = "The file" if isinstance(source, bytes) else _shortened(os.fspath(source))
-    Image.init()  # or Pillow fails on a format that nothing has registered
-    formats = [name for name in FORMATS if name in Image.OPEN]
-    with _one_sentence(name, kind), Image.open(_file(source, allow_urls), formats=formats) as image:
-        yield image
-
-
-def _file(source: str | os.PathLike[str] | bytes, allow_urls: bool) -> str | io.BytesIO:
-    """What Pillow can open: a path, or the bytes of what is not on this disk."""
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
-    text = os.fspath(source)
-    scheme = text[:8].lower() if isinstance(source, str) else ""
-    if scheme.startswith("data:"):
-        return io.BytesIO(_decode_data_url(text))
-    if scheme.startswith(("http://", "https://")):
-        if not allow_urls:
-            raise PromptError(
-                f"{_shortened(text)} is on the network; download it and give the file, or in Python pass "
-                "allow_urls=True to processor.prompt."
-            )
-        return io.BytesIO(_download(text))
-    return text
-
-
-def _decode_data_url(url: str) -> bytes:
-    """The content of a `data:` URL (RFC 2397), base64 or percent-encoded. Raises PromptError."""
-    header, comma, payload = url.partition(",")
-    content = urllib.parse.unquote_to_bytes(payload)
-    if not comma:
-        raise PromptError("The data: URL has no comma before its content; write data:image/png;base64,…")
-    if not header.lower().endswith(";base64"):
-        return content
-    try:
-        return base64.b64decode(b"".join(content.split()), validate=True)
-    except binascii.Error as error:
-        raise PromptError(f"The data: URL is not valid base64 ({error}); encode the file again.") from None
-
-
-def _download(url: str) -> bytes:
-    """The content at an http(s) URL, within the limits on size and time. Raises PromptError."""
-    deadline = time.monotonic() + DOWNLOAD_SECONDS
-    content = bytearray()
-    try:
-        request = urllib.request.Request(url, headers={"User-Agent": "mlx-diffusiongemma"})
-        with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
-            while chunk := response.read1(2**16):
-                content += chunk
-                if len(content) > MAX_DOWNLOAD_BYTES:
-                    raise PromptError(
-                        f"{_shortened(url)} is larger than {MAX_DOWNLOAD_BYTES // 2**20} MB; give a smaller file."
-                    )
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"it took longer than {DOWNLOAD_SECONDS:.0f} seconds")
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise PromptError(f"{_shortened(url)} cannot be downloaded ({error}); check the URL.") from None
-    return bytes(content)
-
-
-@contextmanager
-def _one_sentence(name: str, kind: str) -> Iterator[None]:
-    """Turn what Pillow raises for missing, damaged and hostile files into a PromptError about `name`.
-
-    kind: IMAGE or VIDEO.
-    """
-    try:
-        yield
-    except FileNotFoundError:
-        raise PromptError(f"There is no file {name}; check its path.") from None
-    except Image.UnidentifiedImageError:
-        raise PromptError(f"{name} is not {kind} in a known format; {_INSTEAD[kind]}.") from None
-    except _BOMB:
-        raise PromptError(f"{name} has more than {MAX_PIXELS / 1e6:.0f} million pixels; make it smaller.") from None
-    except _DAMAGED as error:
-        reason = _shortened(str(error))
-        raise PromptError(f"{name} cannot be read as {kind} ({reason}); save it again or give another.") from None
-
-
-def _shortened(name: str, longest: int = 120) -> str:
-    return name if len(name) <= longest else f"{name[: longest - 1]}…"

@@ -22,16 +22,18 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class VideoPart:
-    """What a video part says: its source, and how to sample it; None is `sample_video`'s own choice."""
+    """A video part of a message: its source, and how to sample it; None is `sample_video`'s own choice."""
 
     source: Any
     frames: Any
     fps: Any
 
 
-def normalize_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any]]:
-    """New messages, checked, and in order what every image or video part holds: an image's source, None where `images`
-    has to fill it, or a `VideoPart`.
+def normalize_messages(messages: Sequence[Any]) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Check chat messages and rewrite them in the one form that every chat template reads.
+
+    Returns new messages, and in order what every image or video part holds: an image's source, None where `images` has
+    to fill it, or a `VideoPart`.
 
     `model` becomes `assistant`; tool calls become `{"id", "type": "function", "function": {"name", "arguments"}}` with
     a mapping for arguments and an id that no other call has; a tool's answer gets the id of its call; image and video
@@ -60,7 +62,7 @@ def normalize_messages(messages: Sequence[Message]) -> tuple[list[dict[str, Any]
 
 
 def call_ids(messages: Sequence[Message]) -> list[str]:
-    """The ids of all tool calls in messages that `normalize_messages` returned."""
+    """List the ids of all tool calls in messages that `normalize_messages` returned."""
     return [call["id"] for message in messages for call in message.get("tool_calls") or ()]
 
 
@@ -96,8 +98,8 @@ def _make_ids_unique(calls: Sequence[dict[str, Any]]) -> dict[str, str]:
 def _answered(
     message: Message, unanswered: list[dict[str, Any]], given: Mapping[str, str], where: str
 ) -> dict[str, Any]:
-    """The call that a tool's message answers: the one with its id, else one that came without; of several, the one
-    with its name, else the next. Raises PromptError.
+    """Find the call that a tool's message answers: the one with its id, else one that came without; of several, the
+    one with its name, else the next. Raises PromptError.
     """
     if not unanswered:
         raise PromptError(f"{where} answers no tool call; put it after the assistant's message with `tool_calls`.")
@@ -114,7 +116,7 @@ def _answered(
 
 
 def _identity(mapping: Mapping[str, Any], key: str, where: str) -> str:
-    """The id that a call or an answer carries; nothing where it has none. Raises PromptError."""
+    """Read the id that a call or an answer carries; it is empty where there is none. Raises PromptError."""
     identity = mapping.get(key)
     if not isinstance(identity, str | None):
         raise PromptError(f"{where}: `{key}` must be text, not a {type(identity).__name__}.")
@@ -122,7 +124,7 @@ def _identity(mapping: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def _content(message: Message, role: str, where: str, sources: list[Any]) -> Any:
-    """A message's content: text, or parts whose images and videos are added to `sources`."""
+    """Check a message's content: text, or parts whose images and videos are added to `sources`."""
     content = message.get("content")
     if isinstance(content, str):
         return content
@@ -143,7 +145,7 @@ def _content(message: Message, role: str, where: str, sources: list[Any]) -> Any
 
 
 def _json(content: Mapping[str, Any], where: str) -> str:
-    """A tool's answer in fields, as JSON: the hub's templates take a mapping for a list of parts."""
+    """Write a tool's answer in fields as JSON: the hub's templates take a mapping for a list of parts."""
     try:
         return json.dumps(content, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
@@ -189,7 +191,7 @@ def _tool_calls(calls: Any, role: str, where: str) -> list[dict[str, Any]]:
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    """A tool call in OpenAI's form, its id empty where it has none."""
+    """Rewrite a tool call in OpenAI's form; its id is empty where it has none."""
     if isinstance(call, ToolCall):
         call = vars(call)
     function = call.get("function", call) if isinstance(call, Mapping) else None

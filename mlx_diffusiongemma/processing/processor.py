@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from ..config import ModelConfig, VisionConfig, read_json
 from ..errors import CheckpointError, PromptError
 from ..events import Reply
 from .messages import Message, VideoPart, call_ids, normalize_messages
 from .replies import MARKERS, ReplyParser, reply_from_parts
+from .tokenizer import load_tokenizer
 from .tools import Tool, free_number, tool_schemas
 
 if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
-
     from .images import ImageSource, PreparedImage, PreparedVideo, VideoSource
+    from .tokenizer import Tokenizer
 
-IMAGE, IMAGE_BEGIN, IMAGE_END = "<|image|>", "<|image>", "<image|>"
+IMAGE_TOKEN, IMAGE_BEGIN, IMAGE_END = "<|image|>", "<|image>", "<image|>"
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the model reads. `text` is the whole prompt, markers included; `images` are in the order of their tokens,
-    every frame of a video one of them. `first_call` is the number in the id of the first tool call that the reply
-    makes: no call in the prompt's messages has it, or a higher one.
+    """A prompt as the model reads it.
+
+    `text` is the whole prompt, markers included; `images` are in the order of their tokens, every frame of a video one
+    of them. `first_call` is the number that the reply's first tool call has in its id, above those of the prompt's.
     """
 
     text: str
@@ -40,11 +40,10 @@ class Prompt:
 class Processor:
     """A checkpoint's tokenizer, chat template and image settings.
 
-    tokenizer: mlx-lm's wrapper.
     image_budget: most soft tokens an image becomes, where a prompt does not say.
     """
 
-    def __init__(self, tokenizer: TokenizerWrapper, config: ModelConfig, image_budget: int = 280) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: ModelConfig, image_budget: int = 280) -> None:
         self.tokenizer = tokenizer
         self.image_budget = image_budget
         self._config = config
@@ -73,7 +72,7 @@ class Processor:
                     raise CheckpointError(
                         f"{directory / name} does not hold image settings that can be read; download it again."
                     )
-        return cls(_load_tokenizer(directory), config, settings.get("max_soft_tokens") or 280)
+        return cls(load_tokenizer(directory), config, settings.get("max_soft_tokens") or 280)
 
     def prompt(
         self,
@@ -83,6 +82,7 @@ class Processor:
         thinking: bool = False,
         *,
         image_budget: int | None = None,
+        allow_files: bool = True,
         allow_urls: bool = False,
     ) -> Prompt:
         """Render a prompt that ends where the model's reply begins.
@@ -90,17 +90,19 @@ class Processor:
         text_or_messages: one user turn; chat messages; token ids, taken as they are; or a Prompt, returned as it is.
         images: fill the image parts that have no source, in order; before a plain string they come first.
         tools: OpenAI-style schemas or typed Python functions.
-        image_budget: most soft tokens per image. allow_urls: fetch images and videos from http(s).
+        image_budget: most soft tokens per image.
+        allow_files: read images and videos from paths; False is for messages of strangers, who could name any.
+        allow_urls: fetch images and videos from http(s).
 
         A video is a part {"type": "video", "video": source, "frames": most, "fps": of a list}: see `prepare_video`.
         Raises PromptError.
         """
-        if isinstance(text_or_messages, Prompt) or _are_tokens(text_or_messages):
+        messages = text_or_messages
+        if isinstance(messages, Prompt) or _are_tokens(messages):
             if images or tools or thinking:
                 raise PromptError("Images, tools and thinking belong to messages; this prompt is already in tokens.")
-            return text_or_messages if isinstance(text_or_messages, Prompt) else self._token_prompt(text_or_messages)
+            return messages if isinstance(messages, Prompt) else self._token_prompt(messages)
         _check_list("images", images)
-        messages = text_or_messages
         if isinstance(messages, str):
             parts = [*({"type": "image"} for _ in images), {"type": "text", "text": messages}]
             messages = [{"role": "user", "content": parts if images else messages}]
@@ -108,7 +110,7 @@ class Processor:
             raise PromptError(f"A prompt is text, a list of messages or of token ids, not a {type(messages).__name__}.")
         normal, sources = normalize_messages(messages)
         text = self._render(normal, tool_schemas(tools), thinking)
-        pictures = self._prepare_pictures(sources, images, image_budget, allow_urls)
+        pictures = self._prepare_pictures(sources, images, image_budget, allow_files, allow_urls)
         text = _expand_pictures(text, pictures)
         return Prompt(
             text,
@@ -122,22 +124,33 @@ class Processor:
         text: str,
         images: Sequence[ImageSource | PreparedImage] = (),
         videos: Sequence[VideoSource | PreparedVideo] = (),
+        *,
+        allow_files: bool = True,
+        allow_urls: bool = False,
     ) -> str | list[dict[str, Any]]:
-        """A message's content: `text` after images and videos, if any, which are prepared: prompts made of them read no
-        file again. Raises PromptError.
+        """Make a message's content: `text` after images and videos, if any, which are prepared: prompts made of them
+        read no file again. Raises PromptError.
         """
+        if not isinstance(text, str):
+            raise PromptError(f"`text` takes text, not a {type(text).__name__}.")
         _check_list("images", images)
         _check_list("videos", videos)
+        allowed = {"allow_files": allow_files, "allow_urls": allow_urls}
         parts = [
-            *({"type": "image", "image": self.prepare_image(image)} for image in images),
-            *({"type": "video", "video": self.prepare_video(video)} for video in videos),
+            *({"type": "image", "image": self.prepare_image(image, **allowed)} for image in images),
+            *({"type": "video", "video": self.prepare_video(video, **allowed)} for video in videos),
         ]
         return [*parts, {"type": "text", "text": text}] if parts else text
 
     def prepare_image(
-        self, source: ImageSource | PreparedImage, *, budget: int | None = None, allow_urls: bool = False
+        self,
+        source: ImageSource | PreparedImage,
+        *,
+        budget: int | None = None,
+        allow_files: bool = True,
+        allow_urls: bool = False,
     ) -> PreparedImage:
-        """`images.prepare_image` for this checkpoint. Raises PromptError."""
+        """Prepare an image for this checkpoint: see `images.prepare_image`. Raises PromptError."""
         vision = self._vision()
         from .images import PreparedImage, prepare_image
 
@@ -148,6 +161,7 @@ class Processor:
             budget=self.image_budget if budget is None else budget,
             patch_size=vision.patch_size,
             pooling=vision.pooling_kernel_size,
+            allow_files=allow_files,
             allow_urls=allow_urls,
         )
 
@@ -157,9 +171,11 @@ class Processor:
         *,
         frames: int | None = None,
         fps: float | None = None,
+        allow_files: bool = True,
         allow_urls: bool = False,
     ) -> PreparedVideo:
-        """A video that Pillow can play (GIF, WebP, APNG, AVIF), or a list of images, as frames and their times.
+        """Prepare a video's frames, with their times: of a file that Pillow can play (GIF, WebP, APNG, AVIF), or of a
+        list of images.
 
         frames: how many at most, evenly spaced; None is 32. fps: of a list, None is 24; a file knows its own times.
         Raises PromptError.
@@ -175,11 +191,14 @@ class Processor:
             fps=fps,
             patch_size=vision.patch_size,
             pooling=vision.pooling_kernel_size,
+            allow_files=allow_files,
             allow_urls=allow_urls,
         )
 
     def raw_prompt(self, text: str) -> Prompt:
-        """`text` without a chat template, after the token that begins every document. Raises PromptError."""
+        """Make a prompt of `text` alone, without a chat template, after the token that begins every document. Raises
+        PromptError.
+        """
         if not isinstance(text, str):
             raise PromptError(f"A raw prompt is text, not a {type(text).__name__}.")
         text = (self.tokenizer.bos_token or "") + text
@@ -191,7 +210,7 @@ class Processor:
         return reply_from_parts([*parser.feed(tokens), *parser.finish()], prompt.first_call if prompt else 1)
 
     def reply_parser(self, prompt: Prompt | None = None) -> ReplyParser:
-        """A parser for one reply that arrives in pieces: `feed(tokens)` and at last `finish()`.
+        """Begin to read a reply that arrives in pieces: give them to the parser's `feed`, and at last call `finish`.
 
         prompt: what it replies to. Templates can end a prompt inside a thought, as after a tool's answer.
         """
@@ -220,7 +239,7 @@ class Processor:
         return Prompt(self.tokenizer.decode(list(tokens)), list(tokens))
 
     def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], thinking: bool) -> str:
-        """The chat template's text for `messages`. Raises PromptError."""
+        """Write `messages` as the checkpoint's chat template has them. Raises PromptError."""
         from jinja2 import TemplateError
 
         if not self.tokenizer.has_chat_template:
@@ -246,9 +265,11 @@ class Processor:
         return self._config.vision
 
     def _prepare_pictures(
-        self, sources: list[Any], images: Sequence[Any], budget: int | None, allow_urls: bool
+        self, sources: list[Any], images: Sequence[Any], budget: int | None, allow_files: bool, allow_urls: bool
     ) -> list[PreparedImage | PreparedVideo]:
-        """What every image or video part shows: its own source, else the next of `images`. Raises PromptError."""
+        """Prepare what every image or video part shows: its own source, else the next of `images`. Raises
+        PromptError.
+        """
         empty = sum(source is None for source in sources)
         if empty != len(images):
             raise PromptError(
@@ -256,10 +277,11 @@ class Processor:
                 'give one image for every {"type": "image"} part of the messages.'
             )
         rest = iter(images)
+        allowed = {"allow_files": allow_files, "allow_urls": allow_urls}
         return [
-            self.prepare_video(source.source, frames=source.frames, fps=source.fps, allow_urls=allow_urls)
+            self.prepare_video(source.source, frames=source.frames, fps=source.fps, **allowed)
             if isinstance(source, VideoPart)
-            else self.prepare_image(next(rest) if source is None else source, budget=budget, allow_urls=allow_urls)
+            else self.prepare_image(next(rest) if source is None else source, budget=budget, **allowed)
             for source in sources
         ]
 
@@ -297,7 +319,7 @@ def _expand_pictures(text: str, pictures: Sequence[PreparedImage | PreparedVideo
     """Make room: every place holder in `text` becomes what its image or video needs. Raises PromptError."""
     if not pictures:
         return text
-    pieces = text.split(IMAGE)
+    pieces = text.split(IMAGE_TOKEN)
     if len(pieces) <= len(pictures):
         raise PromptError(
             f"The checkpoint's chat template shows {len(pieces) - 1} of the {len(pictures)} images and videos in the "
@@ -306,75 +328,22 @@ def _expand_pictures(text: str, pictures: Sequence[PreparedImage | PreparedVideo
     if len(pieces) > len(pictures) + 1:
         raise PromptError(
             f"The prompt has {len(pieces) - 1} places, and images and videos for {len(pictures)}; "
-            f"leave {IMAGE} out of its text."
+            f"leave {IMAGE_TOKEN} out of its text."
         )
     return pieces[0] + "".join(_room(picture) + piece for picture, piece in zip(pictures, pieces[1:], strict=True))
 
 
 def _room(picture: PreparedImage | PreparedVideo) -> str:
-    """As many place holders as there are soft tokens, and around them what Gemma reads with them."""
+    """Write what stands for a picture in the prompt: a place holder for each soft token, and what Gemma reads with
+    them.
+    """
     from .images import PreparedVideo, video_text
 
-    rooms = [f"{IMAGE_BEGIN}{IMAGE * image.soft_tokens}{IMAGE_END}" for image in _images(picture)]
+    rooms = [f"{IMAGE_BEGIN}{IMAGE_TOKEN * image.soft_tokens}{IMAGE_END}" for image in _images(picture)]
     return video_text(picture.times, rooms) if isinstance(picture, PreparedVideo) else rooms[0]
 
 
-def _are_tokens(prompt: Any) -> bool:
+def _are_tokens(prompt: Any) -> TypeGuard[Sequence[int]]:
     if not isinstance(prompt, list | tuple) or not prompt:
         return False
     return all(isinstance(token, int) and not isinstance(token, bool) for token in prompt)
-
-
-def _load_tokenizer(directory: Path) -> TokenizerWrapper:
-    """The tokenizer in `directory`, from tokenizer.json or else a SentencePiece model. Raises CheckpointError."""
-    if not (directory / "tokenizer.json").exists() and not (directory / "tokenizer.model").exists():
-        raise CheckpointError(
-            f"{directory} has no tokenizer.json and no tokenizer.model; download the whole checkpoint."
-        )
-    from huggingface_hub.errors import StrictDataclassError
-    from mlx_lm.tokenizer_utils import load
-
-    extra = {"trust_remote_code": False}  # or Transformers asks at the terminal
-    try:
-        if (directory / "tokenizer.json").exists():
-            return load(directory, extra)
-        with tempfile.TemporaryDirectory() as folder:
-            _convert_sentencepiece(directory, Path(folder))
-            return load(Path(folder), extra)
-    # Transformers reads config.json as well, and checks fields in it that nothing here uses.
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".")
-        raise CheckpointError(f"{directory}: the tokenizer cannot be read ({reason}); download it again.") from None
-
-
-def _convert_sentencepiece(directory: Path, folder: Path) -> None:
-    """Write the SentencePiece model of `directory` to `folder` as tokenizer.json, with its chat template and the
-    tokens that tokenizer_config.json adds at their ids. Raises CheckpointError.
-    """
-    from sentencepiece import sentencepiece_model_pb2
-    from transformers import AddedToken, PreTrainedTokenizerFast
-
-    # Not AutoTokenizer: the class that it picks for Gemma appends added tokens that replace an unused piece.
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
-    # Where tokenizer_config.json has extra tokens, Transformers forgets the symbols that the model itself defines.
-    model = sentencepiece_model_pb2.ModelProto.FromString((directory / "tokenizer.model").read_bytes())
-    kinds = model.SentencePiece.Type
-    symbols = [piece for piece in model.pieces if piece.type in (kinds.CONTROL, kinds.USER_DEFINED)]
-    vocabulary, known = tokenizer.get_vocab(), tokenizer.added_tokens_encoder
-    tokenizer.add_tokens(
-        [
-            AddedToken(symbol.piece, special=symbol.type == kinds.CONTROL, normalized=False)
-            for symbol in symbols
-            if symbol.piece in vocabulary and symbol.piece not in known
-        ]
-    )
-    path = directory / "tokenizer_config.json"
-    declared = (read_json(path).get("added_tokens_decoder") or {}) if path.exists() else {}
-    for token, entry in declared.items():
-        found = tokenizer.convert_tokens_to_ids(entry["content"])
-        if found != int(token):
-            raise CheckpointError(
-                f"{path} puts {entry['content']!r} at id {token}, and tokenizer.model has it at {found}; "
-                "use the two files of one checkpoint."
-            )
-    tokenizer.save_pretrained(folder)

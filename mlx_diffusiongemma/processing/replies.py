@@ -27,7 +27,7 @@ from ..events import Part, PartKind, Reply, ToolCall, join_text
 from .tools import QUOTE, number_calls, parse_tool_calls
 
 if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import StreamingDetokenizer
+    from .tokenizer import Detokenizer
 
 HEADER = "thought\n"
 END_OF_REPLY = ("<turn|>", "<eos>")
@@ -42,14 +42,14 @@ _State = Literal["text", "thinking", "tool_call", "turn header", "tool answer"]
 
 
 class ReplyParser:
-    """Streaming parser of one reply. The pieces it returns do not depend on how the tokens were divided.
+    """Reads one reply as it is written. The pieces it returns do not depend on how the tokens were divided.
 
-    detokenizer: a fresh streaming detokenizer.
+    detokenizer: a fresh one.
     special: special token ids and their names; every other id is text.
     in_thought: the prompt left a thought open, and the reply goes on with it.
     """
 
-    def __init__(self, detokenizer: StreamingDetokenizer, special: dict[int, str], *, in_thought: bool = False) -> None:
+    def __init__(self, detokenizer: Detokenizer, special: dict[int, str], *, in_thought: bool = False) -> None:
         self._detokenizer = detokenizer
         self._special = special
         self._text = _SpelledMarkers(special.values())
@@ -74,8 +74,8 @@ class ReplyParser:
         return self._take()
 
     def preview(self, tokens: Sequence[int]) -> list[list[Part]]:
-        """What each of `tokens` would add to a reply that ended after the last of them, which adds what was held back
-        too; a single item where there are none. The parser stays as it is.
+        """Tell what each of `tokens` would add to a reply that ended after the last of them, which adds what was held
+        back too; a single item where there are none. The parser stays as it is.
         """
         twin = copy(self)
         twin._detokenizer, twin._parts = _forked(self._detokenizer), self._parts[:]
@@ -85,7 +85,7 @@ class ReplyParser:
         return parts
 
     def finish(self) -> list[Part]:
-        """The reply is over: return what was held back. The parser is then spent."""
+        """End the reply: return what was held back. The parser is then spent."""
         self._enter("text")
         self._add("text", self._text.flush())
         self._ended = True
@@ -155,8 +155,8 @@ class ReplyParser:
         return merge(parts)
 
 
-def _forked(detokenizer: StreamingDetokenizer) -> StreamingDetokenizer:
-    """A copy that goes its own way. Its state is what `reset` makes anew; all else is the tokenizer's."""
+def _forked(detokenizer: Detokenizer) -> Detokenizer:
+    """Copy a detokenizer to go its own way. Its state is what `reset` makes anew; all else is the tokenizer's."""
     fork = copy(detokenizer)
     fork.reset()
     for name, value in vars(detokenizer).items():
@@ -166,7 +166,7 @@ def _forked(detokenizer: StreamingDetokenizer) -> StreamingDetokenizer:
 
 
 def merge(parts: Sequence[Part]) -> list[Part]:
-    """`parts` with neighbouring pieces of text, and of thinking, joined."""
+    """Join neighbouring parts of text, and of thinking, into one."""
     merged: list[Part] = []
     for kind, text in parts:
         if merged and merged[-1][0] == kind != "tool_call":
@@ -177,7 +177,7 @@ def merge(parts: Sequence[Part]) -> list[Part]:
 
 
 def reply_from_parts(parts: Sequence[Part], first_call: int = 1) -> Reply:
-    """The finished reply that `parts`, from `feed` and `finish`, add up to. first_call: see `calls_in`."""
+    """Put a finished reply together from all `parts` that `feed` and `finish` gave. first_call: see `calls_in`."""
     return Reply(
         text=join_text(list(parts)),
         thinking="".join(text for kind, text in parts if kind == "thinking"),
@@ -187,7 +187,7 @@ def reply_from_parts(parts: Sequence[Part], first_call: int = 1) -> Reply:
 
 
 def calls_in(parts: Iterable[Part], first_call: int) -> list[ToolCall]:
-    """The tool calls among `parts` that can be read, with ids that count from `first_call` on."""
+    """Read the tool calls among `parts`, those that can be read, and give them ids that count from `first_call` on."""
     written = (text for kind, text in parts if kind == "tool_call")
     return number_calls((call for text in written for call in parse_tool_calls(text)), first_call)
 
@@ -207,7 +207,7 @@ class _SpelledMarkers:
         self._held = ""
 
     def feed(self, text: str) -> str:
-        """`text` without markers, less a tail that could become one, which waits for the next call."""
+        """Return `text` without markers, less a tail that could become one, which waits for the next call."""
         text = self._markers.sub(lambda match: match[0].replace("|", ""), self._held + text)
         tails = (text[-n:] for n in range(min(self._longest, len(text)), 0, -1))
         self._held = next((tail for tail in tails if tail in self._beginnings), "")
@@ -219,7 +219,7 @@ class _SpelledMarkers:
 
 
 class _Thoughts:
-    """What thoughts say: without headers and the white space around them, a line between one thought and the next."""
+    """Takes headers, and the white space around them, out of thoughts, and puts a line between one and the next."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._spelled = _SpelledMarkers(names)
@@ -237,7 +237,7 @@ class _Thoughts:
         return self._accept(self._spelled.feed(text))
 
     def end(self) -> str:
-        """The thought is over. Half a header, all there is of a thought that was cut short, is dropped."""
+        """End the thought. Half a header, all there is of a thought that was cut short, is dropped."""
         last = self._accept(self._spelled.flush())
         if self._begun:
             self._separator = "\n"

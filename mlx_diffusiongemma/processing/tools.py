@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ Tool = Mapping[str, Any] | Callable[..., Any]
 
 
 def tool_schemas(tools: Sequence[Tool]) -> list[dict[str, Any]]:
-    """`tools` as OpenAI-style schemas, `{"type": "function", "function": {…}}`.
+    """Write `tools` as OpenAI-style schemas, `{"type": "function", "function": {…}}`.
 
     A tool is such a schema, the bare `{"name": …, "parameters": …}` of one, or a Python function with type hints and a
     Google-style docstring that describes it and its arguments. Raises PromptError.
@@ -101,7 +101,7 @@ def _brief(value: Any) -> str:
 
 
 def call_id(number: int) -> str:
-    """The id of a conversation's tool call of this number: counted, so that the same seed gives the same ids."""
+    """Make the id of a conversation's tool call; ids are counted, so that the same seed gives the same ones."""
     return f"call_{number}"
 
 
@@ -111,12 +111,12 @@ def number_calls(calls: Iterable[ToolCall], first: int) -> list[ToolCall]:
 
 
 def free_number(ids: Iterable[str]) -> int:
-    """The first number from which on no `call_id` is among `ids`."""
+    """Find the first number from which on no `call_id` is among `ids`."""
     return 1 + max((int(match[1]) for match in map(_NUMBERED.fullmatch, ids) if match), default=0)
 
 
 def parse_tool_calls(body: str) -> list[ToolCall]:
-    """The calls in the text between `<|tool_call>` and `<tool_call|>`; none if any of it cannot be read.
+    """Read the calls in the text between `<|tool_call>` and `<tool_call|>`; none if any of it cannot be read.
 
     mlx-lm's parser turns the text into JSON with regular expressions, and so fails on keys such as `max-tokens`, on
     spaces after commas and on names such as `files.read`, and takes a NUL for one of its own place holders.
@@ -168,7 +168,7 @@ class _CallReader:
     def _array(self, depth: int) -> list[Any]:
         return [self._value(depth + 1) for _ in self._items("[", "]")]
 
-    def _items(self, opening: str, closing: str):
+    def _items(self, opening: str, closing: str) -> Iterator[None]:
         """Yield once before each item of a bracketed list, with the reader where the item begins."""
         if not self._skip(opening):
             raise ValueError(f"no {opening}")
@@ -198,6 +198,7 @@ class _CallReader:
         if self._skip(QUOTE):
             return self._quoted()
         if self._text.startswith('"', self._at):
+            key: str
             key, self._at = self._json.raw_decode(self._text, self._at)
             return key
         end = self._text.index(":", self._at)
@@ -208,7 +209,7 @@ class _CallReader:
         return key
 
     def _quoted(self) -> str:
-        """A string after its opening mark: everything up to the next one, as it stands."""
+        """Read a string after its opening mark: everything up to the next one, as it stands."""
         end = self._text.index(QUOTE, self._at)
         string = self._text[self._at : end]
         self._at = end + len(QUOTE)

@@ -38,7 +38,7 @@ from behaviour import (
 
 from mlx_diffusiongemma import Processor, Prompt, load
 from mlx_diffusiongemma.convert import convert_checkpoint
-from mlx_diffusiongemma.processing.processor import IMAGE, IMAGE_BEGIN, IMAGE_END
+from mlx_diffusiongemma.processing.processor import IMAGE_BEGIN, IMAGE_END, IMAGE_TOKEN
 
 if TYPE_CHECKING:
     import torch
@@ -99,10 +99,10 @@ def reference_inputs(questions: list[Question], prompts: list[Prompt]) -> list[d
         if question["image"]:
             picture = dict(image_processor(Image.open(QUESTIONS.parent / question["image"]), return_tensors="pt"))
             (room,) = picture.pop("num_soft_tokens_per_image")
-            text = text.replace(IMAGE, f"{IMAGE_BEGIN}{IMAGE * int(room)}{IMAGE_END}")
+            text = text.replace(IMAGE_TOKEN, f"{IMAGE_BEGIN}{IMAGE_TOKEN * int(room)}{IMAGE_END}")
         tokens = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
         if picture:
-            picture["mm_token_type_ids"] = (tokens == tokenizer.convert_tokens_to_ids(IMAGE)).int()
+            picture["mm_token_type_ids"] = (tokens == tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)).int()
         return {"input_ids": tokens, **picture}
 
     prepared = [prepare(question) for question in questions]

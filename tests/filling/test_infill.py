@@ -199,7 +199,7 @@ def test_cancelling_frees_the_canvas(demo):
     model, processor = demo
     request = make_request(model, processor, "sort 312", options=FEW, cancel=AfterSteps(3))
     gap = Gap((Filling((None,) * 4), Filling((None,) * 5)))
-    filler = GapFiller(model, processor, request, [gap], None, [processor.draft_text], replies=False)
+    filler = GapFiller(model, processor, request, [gap], None, [lambda tokens: ""], replies=False)
     filler.run()
     assert filler.finish_reason == "cancelled" and filler.steps == [2]
     assert all(layer._canvas is None and layer._spread is None for layer in filler.cache.layers)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 from types import SimpleNamespace
 
-import mlx.core as mx
 import pytest
 from PIL import Image
 
 from mlx_diffusiongemma import (
     BusyError,
     ChatSession,
-    CheckpointError,
     GenerationOptions,
     PromptError,
     ToolCall,
@@ -23,9 +19,7 @@ from mlx_diffusiongemma import (
     generate,
     load,
 )
-from mlx_diffusiongemma.checkpoints.safetensors import write_header
-from mlx_diffusiongemma.events import Done, Draft
-from mlx_diffusiongemma.generation.session_file import read_session, write_session
+from mlx_diffusiongemma.events import Commit, Done, Draft
 from mlx_diffusiongemma.model.cache import Cache
 from mlx_diffusiongemma.processing.images import PreparedImage
 
@@ -108,9 +102,8 @@ def test_images_are_prepared_once_and_stay_in_the_conversation(chat):
 
 
 def test_tool_calls_come_back_with_their_results(demo):
-    question = {"role": "user", "content": "weather in oslo"}
     chat = ChatSession(*demo, tools=[weather], options=OPTIONS)
-    chat._turns = (question, {"role": "assistant", "content": "", "tool_calls": [call("weather", city="oslo")]})
+    chat._turns = (asking(), {"role": "assistant", "content": "", "tool_calls": [call("weather", city="oslo")]})
     assert chat.tool_calls == [ToolCall("weather", {"city": "oslo"})] and chat.tool_calls[0].id == "call_1"
     with pytest.raises(PromptError, match="send_tool_results"):
         chat.send("never mind")
@@ -127,6 +120,10 @@ def test_tool_calls_come_back_with_their_results(demo):
     assert chat.messages == []
     with pytest.raises(PromptError, match="called 0 tools"):
         chat.send_tool_results(["sunny"])
+
+
+def asking() -> dict:
+    return {"role": "user", "content": "weather in oslo"}
 
 
 def call(name: str, **arguments: str) -> dict:
@@ -182,21 +179,6 @@ def test_calls_are_counted_on_from_the_messages(demo, monkeypatch):
     assert [call.id for call in result.tool_calls] == ["call_2"]
 
 
-def test_a_file_in_which_ids_repeat_gets_ids_of_their_own(demo, chat, tmp_path):
-    """As sessions numbered the calls of every turn before."""
-    asked, sunny = {"role": "user", "content": "?"}, {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}
-    called = {"role": "assistant", "content": "", "tool_calls": [call("weather", city="oslo")]}
-    messages = [asked, called, sunny, {"role": "assistant", "content": "Sun."}, asked, called]
-    conversation = {"system": None, "thinking": False, "messages": messages}
-    write_session(tmp_path / "chat", demo[0], conversation, demo[0].make_cache())
-    chat.restore(tmp_path / "chat")
-    assert [call.id for call in chat.tool_calls] == ["call_2"]
-    assert chat.messages[1] == called and chat.messages[2] == sunny and chat.messages[:1] == [asked]
-    chat.tools = [weather]
-    collect(chat.send_tool_results(["rain"]))
-    assert chat.messages[6] == {"role": "tool", "tool_call_id": "call_2", "content": "rain"}
-
-
 @pytest.fixture(scope="module")
 def questions(pytestconfig):
     path = pytestconfig.rootpath / "tests" / "data" / "tiny" / "prompts.jsonl"
@@ -242,6 +224,7 @@ def test_a_turn_that_does_not_end_leaves_the_session_as_it_was(chat, way, monkey
         monkeypatch.undo()
     else:
         next(event for event in events if isinstance(event, Draft))
+        assert not issubclass(BusyError, PromptError)
         with pytest.raises(BusyError, match="busy"):
             chat.send("sort 97")
         with pytest.raises(BusyError, match="busy"):
@@ -284,12 +267,110 @@ def test_a_turn_is_over_when_done_is_seen(chat):
     assert chat.messages[-1]["content"] == "12345"
 
 
-def test_a_reply_asked_for_before_another_is_refused(chat):
+def restore_what_it_was(chat, path):
+    chat.save(path)
+    chat.restore(path)
+
+
+def undo_and_say_again(chat, path):
+    [question] = [message["content"] for message in chat.messages if message["role"] == "user"]
+    chat.undo()
+    chat.ask(question)
+
+
+CHANGES = {
+    "another turn": lambda chat, path: chat.ask("sort 97"),
+    "reset": lambda chat, path: chat.reset(),
+    "restore": restore_what_it_was,
+    "undo": lambda chat, path: chat.undo(),
+    "undo, and say again": undo_and_say_again,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "turns"), [(change, turns) for change in CHANGES for turns in (0, 1) if turns or "undo" not in change]
+)
+def test_a_reply_asked_for_in_an_earlier_conversation_is_refused(chat, change, turns, tmp_path):
+    """Even where nothing is to be seen of the change."""
+    for _ in range(turns):
+        chat.ask("count from 17")
+    early = [chat.send("sort 53142") for _ in range(2)]
+    CHANGES[change](chat, tmp_path / "chat")
+    history, held = chat.messages, chat._cache.offset
+    for events in early:
+        with pytest.raises(PromptError, match="send it again"):
+            next(events)
+        assert list(events) == []
+    assert chat.messages == history and chat._cache.offset == held
+    asked = {"role": "user", "content": "sort 53142"}
+    assert chat.ask("sort 53142").tokens == fresh(chat, [*history, asked]).tokens
+
+
+def test_a_reply_is_not_refused_where_nothing_has_changed(chat, tmp_path):
     early = chat.send("sort 53142")
-    chat.ask("sort 97")
-    with pytest.raises(PromptError, match="send it again"):
+    with pytest.raises(PromptError, match="no turn to undo"):
+        chat.undo()
+    with pytest.raises(PromptError, match="no file"):
+        chat.restore(tmp_path / "missing")
+    with pytest.raises(PromptError):
+        chat.send(None)
+    chat.save(tmp_path / "chat")
+    other = chat.send("sort 97")
+    next(event for event in other if isinstance(event, Draft))
+    with pytest.raises(BusyError, match="busy"):
         next(early)
-    assert len(chat.messages) == 2
+    other.close()
+    early = chat.send("sort 53142")
+    assert collect(early).text == "12345" and len(chat.messages) == 2
+
+
+def test_nobody_else_holds_a_part_of_the_conversation(demo, monkeypatch):
+    chat = ChatSession(*demo, "be brief", [weather], options=OPTIONS)
+    call = ("tool_call", 'call:weather{city:"lima",days:[1,{x:2}]}')
+    monkeypatch.setattr(chat.processor, "reply_parser", replying(("thinking", "hm"), call))
+    events = []
+    for event in chat.send("?", [Image.new("RGB", (96, 96), "red")]):
+        if isinstance(event, Commit):
+            spoil([event.parts, event.tokens, event.tool_calls, *(made.arguments for made in event.tool_calls)])
+        events.append(event)
+    before = chat.messages
+    function = {"name": "weather", "arguments": {"city": "lima", "days": [1, {"x": 2}]}}
+    assert before[2]["tool_calls"] == [{"id": "call_1", "type": "function", "function": function}]
+    given = {"sky": ["sun", {"t": 21}]}
+    chat.send_tool_results([given])  # a reply that nobody reads
+    results = chat.send_tool_results([given])
+    spoil([given, *(made.arguments for made in chat.tool_calls), chat.messages])
+    collect(results)
+    assert chat.messages[:3] == before and chat.messages[3]["content"] == {"sky": ["sun", {"t": 21}]}
+    for message in chat.messages:
+        spoil([message])
+    assert chat.messages[:3] == before and chat.messages[1]["content"][0]["image"] is before[1]["content"][0]["image"]
+
+
+def spoil(values):
+    """Empty every list and mapping in `values`, however deep."""
+    for value in values:
+        if isinstance(value, list | dict):
+            spoil(list(value.values() if isinstance(value, dict) else value))
+            value.clear()
+
+
+def test_a_tools_result_is_not_too_deep(demo):
+    chat = ChatSession(*demo, tools=[weather], options=OPTIONS)
+    chat._turns = (asking(), {"role": "assistant", "content": "", "tool_calls": [call("weather", city="oslo")]})
+    deep = nested(64)
+    for refused in (nested(65), nested(900), {"x": deep}, {1: [deep]}):
+        with pytest.raises(PromptError, match=r"levels deep|as JSON"):
+            chat.send_tool_results([refused])
+    deep["circle"] = deep
+    with pytest.raises(PromptError, match="as JSON"):
+        chat.send_tool_results([deep])
+    collect(chat.send_tool_results([nested(64)]))
+    assert chat.messages[2]["content"] == nested(64)
+
+
+def nested(levels):
+    return {"x": nested(levels - 1)} if levels else 1
 
 
 def test_a_session_crosses_threads(chat):
@@ -299,152 +380,6 @@ def test_a_session_crosses_threads(chat):
         thread.start()
         thread.join()
     assert results[0] == "12345" and results[1]
-
-
-CONTINUE = """
-import json, sys
-from mlx_diffusiongemma import ChatSession, GenerationOptions, load
-chat = ChatSession(*load(sys.argv[1]), options=GenerationOptions(seed=0, max_tokens=128, max_steps=8))
-chat.restore(sys.argv[2])
-result = chat.ask("reverse canvas")
-print(json.dumps([result.tokens, result.stats.cached_tokens, chat.system, chat.thinking, len(chat.messages)]))
-"""
-
-
-def test_a_saved_session_goes_on_in_another_process(chat, demo_float32, tmp_path):
-    chat.system = "be brief"
-    chat.ask("colors?", images=[Image.new("RGB", (96, 96), "red")])
-    chat.ask("count from 17")
-    path = tmp_path / "a chat.session"
-    chat.save(path)
-    assert [each.name for each in tmp_path.iterdir()] == ["a chat.session"]
-    read = chat._cache.snapshots[-1].offset
-    done = subprocess.run(
-        [sys.executable, "-c", CONTINUE, str(demo_float32), str(path)], capture_output=True, text=True, check=True
-    )
-    expected = chat.ask("reverse canvas")
-    tokens, cached, system, thinking, count = json.loads(done.stdout)
-    assert tokens == expected.tokens and cached == read
-    assert (system, thinking, count) == ("be brief", False, 7)
-
-
-def test_a_restored_session_is_the_saved_one(chat, demo, tmp_path):
-    chat.ask("colors?", images=[Image.new("RGB", (96, 96), "red")])
-    chat.save(tmp_path / "chat")
-    other = ChatSession(*demo, system="other", thinking=True, options=OPTIONS)
-    other.ask("sort 97")
-    other.restore(tmp_path / "chat")
-    assert other.system is None and other.thinking is False
-    mine, theirs = chat.messages[0]["content"][0]["image"], other.messages[0]["content"][0]["image"]
-    assert (mine.pixels == theirs.pixels).all() and (mine.positions == theirs.positions).all()
-    assert (mine.digest, mine.soft_tokens) == (theirs.digest, theirs.soft_tokens)
-    one, two = chat.ask("sort 53142"), other.ask("sort 53142")
-    assert one.tokens == two.tokens
-    empty = ChatSession(*demo, options=OPTIONS)
-    empty.save(tmp_path / "empty")
-    other.restore(tmp_path / "empty")
-    assert other.messages == [] and other.ask("sort 97").finish_reason == "stop"
-
-
-@pytest.fixture(scope="module")
-def saved(demo, tmp_path_factory):
-    chat = ChatSession(*demo, options=OPTIONS)
-    chat.ask("sort 53142")
-    path = tmp_path_factory.mktemp("sessions") / "chat"
-    chat.save(path)
-    return path
-
-
-def flipped(content: bytes, place: int) -> bytes:
-    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
-
-
-DAMAGE = {
-    "nothing": lambda content: b"",
-    "cut short": lambda content: content[:-1],
-    "cut in half": lambda content: content[: len(content) // 2],
-    "cut in its header": lambda content: content[:100],
-    "longer": lambda content: content + b"x",
-    "another number": lambda content: flipped(content, len(content) - 9),
-    "another message": lambda content: content.replace(b"53142", b"53143", 1),
-    "text": lambda content: b"Dear diary, this is not a session at all.",
-    "other tensors": lambda content: write_header([("weight", "F32", (2,))]) + bytes(8),
-    "an enormous header": lambda content: b"\xff" * 8 + content[8:],
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_refused(chat, saved, tmp_path, damage):
-    chat.ask("sort 97")
-    before = chat.messages
-    path = tmp_path / "damaged"
-    path.write_bytes(DAMAGE[damage](saved.read_bytes()))
-    with pytest.raises(CheckpointError, match="session") as caught:
-        chat.restore(path)
-    assert "\n" not in str(caught.value)
-    assert chat.messages == before
-    assert chat.ask("sort 53142").finish_reason == "stop"
-
-
-def test_no_single_flipped_byte_goes_unnoticed(chat, saved, tmp_path):
-    content = saved.read_bytes()
-    path = tmp_path / "flipped"
-    for place in range(0, len(content), len(content) // 60):
-        path.write_bytes(flipped(content, place))
-        with pytest.raises(CheckpointError):
-            chat.restore(path)
-
-
-def test_a_file_of_another_model_or_version_is_refused(chat, saved, demo_float32, demo_4bit, tmp_path):
-    other = ChatSession(*load(demo_4bit))
-    with pytest.raises(CheckpointError, match="saved with another model"):
-        other.restore(saved)
-    tuned, processor = load(demo_float32)
-    projection = tuned.model.decoder.layers[2].mlp.down_proj
-    projection.weight = projection.weight * 1.001
-    with pytest.raises(CheckpointError, match="saved with another model"):
-        ChatSession(tuned, processor).restore(saved)
-    arrays, metadata = mx.load(str(saved), format="safetensors", return_metadata=True)
-    mx.save_safetensors(str(tmp_path / "old.safetensors"), arrays, metadata | {"version": "0"})
-    with pytest.raises(CheckpointError, match="saved in version 0"):
-        chat.restore(tmp_path / "old.safetensors")
-    with pytest.raises(PromptError, match="There is no file"):
-        chat.restore(tmp_path / "missing")
-
-
-def test_what_cannot_be_saved_is_one_sentence(chat, tmp_path):
-    chat.ask("sort 97")
-    with pytest.raises(PromptError, match="cannot be saved to"):
-        chat.save(tmp_path / "missing" / "chat")
-    taken = tmp_path / "taken"
-    taken.mkdir()
-    with pytest.raises(PromptError, match="cannot be saved to"):
-        chat.save(taken)
-    assert list(tmp_path.iterdir()) == [taken]
-    assert chat.ask("sort 53142").finish_reason == "stop"
-
-
-@pytest.mark.parametrize("path", ["file/x", "x" * 300, "a\0b", "", None, 5])
-def test_paths_that_cannot_be_are_one_sentence(chat, tmp_path, monkeypatch, path):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("")
-    chat.ask("sort 53142")
-    for act in (chat.save, chat.restore):
-        with pytest.raises(PromptError) as caught:
-            act(path)
-        assert "\n" not in str(caught.value)
-    assert len(chat.messages) == 2 and [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-@pytest.mark.parametrize("left", [0, 1])
-def test_what_was_undone_is_not_saved(chat, demo, tmp_path, left):
-    for question in ["sort 53142"] * left + ["reverse qwxyz"]:
-        chat.ask(question)
-    chat.undo()
-    chat.save(tmp_path / "undone")
-    kept = read_session(tmp_path / "undone", demo[0])[1].labels
-    assert "qwxyz" not in demo[1].tokenizer.decode([label for label in kept if isinstance(label, int)])
-    assert bool(kept) == bool(left)
 
 
 @pytest.mark.parametrize("results", [None, 5, "text"])

@@ -5,10 +5,8 @@ import importlib.util
 import io
 import random
 import struct
-import threading
 import urllib.parse
 import zlib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -247,51 +245,6 @@ def test_damaged_files_never_raise_anything_else(kind):
             assert "\n" not in str(error)
 
 
-class Site(BaseHTTPRequestHandler):
-    def do_GET(self):
-        if self.path == "/away":
-            self.send_response(302)
-            self.send_header("Location", "/cat.png")
-            self.end_headers()
-            return
-        self.send_response(200 if self.path in ("/cat.png", "/endless") else 404)
-        self.end_headers()
-        self.wfile.write(encoded(picture("RGB", 60, 40)))
-        try:
-            while self.path == "/endless":
-                self.wfile.write(bytes(2**16))
-        except ConnectionError:
-            pass
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def site(monkeypatch):
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-def test_urls_when_asked_for(site, monkeypatch):
-    assert load_image(f"{site}/cat.png", allow_urls=True) == picture("RGB", 60, 40)
-    assert load_image(f"{site}/away", allow_urls=True) == picture("RGB", 60, 40)
-    with pytest.raises(PromptError, match=r"/missing cannot be downloaded \(HTTP Error 404"):
-        load_image(f"{site}/missing", allow_urls=True)
-    with pytest.raises(PromptError, match="larger than 32 MB"):
-        load_image(f"{site}/endless", allow_urls=True)
-    monkeypatch.setattr(images, "MAX_DOWNLOAD_BYTES", 2**60)
-    monkeypatch.setattr(images, "DOWNLOAD_SECONDS", 0.2)
-    with pytest.raises(PromptError, match="took longer"):
-        load_image(f"{site}/endless", allow_urls=True)
-    with pytest.raises(PromptError, match="cannot be downloaded"):
-        load_image("http://[nonsense/cat.png", allow_urls=True)
-
-
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
 def test_video_from_a_file(kind):
     sampled = list(sample_video(animation(kind, duration=[500, 1000, 250, 250, 100]), frames=4))
@@ -348,7 +301,7 @@ def test_videos_that_cannot_be(monkeypatch):
     for nothing in ([], ()):
         with pytest.raises(PromptError, match="no frames"):
             prepare_video(nothing)
-    for odd in ({animation()}, {"path": "a.gif"}, iter([animation()])):
+    for odd in ({animation()}, {"path": "a.gif"}, iter([animation()]), bytearray(animation())):
         with pytest.raises(PromptError, match="or a list of frames, not a"):
             prepare_video(odd)
     whole = animation()

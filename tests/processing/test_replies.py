@@ -45,7 +45,7 @@ def test_stop_strings_are_found_in_what_the_parser_holds_back(processor, stop, t
     written = ids(processor, "AB<")
     canvas = (written * 3 if full else [*written, *[END] * 8])[:8]
     model = ScriptedModel([30.0 * (mx.arange(400) == mx.array(canvas)[:, None])[None].astype(mx.float32)], 8)
-    model.config.text.vocab_size = 400
+    model.config = replace(model.config, text=replace(model.config.text, vocab_size=400))
     options = GenerationOptions(stop=stop, max_tokens=len(written))
     result = generate(model, Processor(), "q", options=options)
     assert result.text == text
@@ -76,7 +76,7 @@ def test_the_last_draft_begins_with_what_is_committed(processor, texts, stop):
     canvases = [[*ids(processor, "." * (length - len(first))), *first], [*last, *[END] * length][:length]]
     logits = [30.0 * (mx.arange(400) == mx.array(c)[:, None])[None].astype(mx.float32) for c in canvases]
     model = ScriptedModel([logits[0]] * 2 + [logits[1]] * 2, length)
-    model.config.text.vocab_size = 400
+    model.config = replace(model.config, text=replace(model.config.text, vocab_size=400))
     model.options = replace(model.options, max_steps=2)
     for event in stream(model, Processor(), "q", options=GenerationOptions(stop=stop, seed=0)):
         if isinstance(event, Draft):

@@ -1,4 +1,4 @@
-"""mlx-dg chat"""
+"""mlx-dg chat: a conversation at the terminal, or with a pipe."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class _Chat:
         self.commands[name](rest.strip())
 
     def _turn(self, send: Callable[[threading.Event], Iterator[Event]]) -> None:
-        """A reply, and those after it while the model calls tools. A turn that is not finished is forgotten."""
+        """Show a reply, and those after it while the model calls tools. A turn that is not finished is forgotten."""
         turns = len(self.session.messages)
         try:
             done = self._show(send)
@@ -141,7 +141,7 @@ class _Chat:
         return done
 
     def _answer(self, call: ToolCall) -> Any:
-        """What the tool gives, if the user lets it run."""
+        """Run the tool that is called, if the user lets it, and return what it gives."""
         from ...display.cells import printable
 
         asked = printable(written(call))
@@ -199,12 +199,12 @@ class _Chat:
 
 
 def _source(text: str) -> str | Path:
-    """A picture as `load_image` takes it: a URL as it is, a path as the shell would read it."""
+    """Read what names a picture: a URL as it is, a path as the shell would read it."""
     return text if text.lower().startswith(("data:", "http://", "https://")) else user_path(text)
 
 
 def _unquoted(path: str, command: str) -> str:
-    """A path as users write it, or drop it on a terminal. Raises PromptError where there is none."""
+    """Take the quotes off a path that was typed, or dropped on a terminal. Raises PromptError where there is none."""
     path = path[1:-1] if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"" else path
     if not path:
         raise PromptError(f"{command} needs a path: {command} PATH")

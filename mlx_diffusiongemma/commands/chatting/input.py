@@ -19,7 +19,9 @@ def at_terminal() -> bool:
 
 
 def message_reader() -> Read:
-    """With line editing and a history of its own; pasted lines stay one message, Esc Enter begins a new line."""
+    """Make what reads messages: at a terminal with line editing and a history of its own, where pasted lines stay one
+    message and Esc Enter begins a new line.
+    """
     if not at_terminal():
         return _read_line
     try:
@@ -33,7 +35,7 @@ def message_reader() -> Read:
 
 
 def answer_reader() -> Read:
-    """For short answers, which no history keeps where `message_reader` has one."""
+    """Make what reads short answers, which no history keeps where `message_reader` has one."""
     if not at_terminal():
         return _read_line
     with suppress(ImportError):  # Windows has none
@@ -60,7 +62,7 @@ def _read_line(question: str) -> str:
 
 @contextmanager
 def interrupts(cancel: threading.Event) -> Iterator[None]:
-    """Within it, Ctrl-C sets `cancel`; a second one interrupts at once."""
+    """Let Ctrl-C set `cancel` meanwhile; a second one interrupts at once."""
 
     def stop(signal_number: int, frame: object) -> None:
         if cancel.is_set():

@@ -17,7 +17,7 @@ Functions = dict[str, Callable[..., Any]]
 
 
 def load_functions(path: Path) -> Functions:
-    """The public functions that the Python file at `path` defines, by name. The file is run. Raises PromptError."""
+    """Run the Python file at `path` and collect the public functions that it defines, by name. Raises PromptError."""
     spec = importlib.util.spec_from_file_location("mlx_dg_chat_tools", path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise PromptError(f"{path} is not a Python file; give one that defines typed functions.")
@@ -26,7 +26,7 @@ def load_functions(path: Path) -> Functions:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's code raises
         raise PromptError(f"{path} cannot be run ({type(error).__name__}: {error}); mend it first.") from None
-    found = {
+    found: Functions = {
         name: function
         for name, function in vars(module).items()
         if inspect.isfunction(function) and function.__module__ == module.__name__ and not name.startswith("_")
@@ -38,13 +38,13 @@ def load_functions(path: Path) -> Functions:
 
 
 def written(call: ToolCall) -> str:
-    """A call as Python would write it."""
+    """Write a call as Python would."""
     arguments = (f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in call.arguments.items())
     return f"{call.name}({', '.join(arguments)})"
 
 
 def run_call(functions: Functions, call: ToolCall) -> Any:
-    """What the called function returns; what it raises, as the answer that the model gets."""
+    """Call the function and return what it gives; what it raises becomes the answer that the model gets."""
     try:
         return functions[call.name](**call.arguments)
     except (Exception, SystemExit) as error:  # whatever the user's code raises
