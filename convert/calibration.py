@@ -1,4 +1,4 @@
-"""What quantizing costs in use: how far the predictions move, and how many more steps a canvas takes."""
+"""The cost of quantizing in use: how far the predictions move, and how many more steps a canvas takes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Calibration:
     note: str = ""
 
     def render(self) -> str:
-        """For a person, in Markdown too."""
+        """The result as a person reads it, in Markdown too."""
         if self.kl is None:
             return f"{self.steps:.2f} steps per canvas over {self.prompts} prompts. {self.note}"
         return (
@@ -81,7 +81,7 @@ def calibrate(
     if not prompts:
         raise CheckpointError("There is no prompt to calibrate with; give a file with one per line.")
     note = "The unquantized model was not given." if source is None else _misfit(source, revision)
-    if note:
+    if source is None or note:
         result = Calibration(len(prompts), Subject(directory).replies(prompts, seed)[0], note=note)
     else:
         with tempfile.TemporaryDirectory(prefix=f"{directory.name}.", dir=directory.parent) as scratch:
@@ -102,7 +102,7 @@ def _misfit(source: str | Path, revision: str | None) -> str:
     """Why the unquantized source cannot run here; empty if it can."""
     needed = plan_conversion(source, bits=None, revision=revision).running_bytes()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > mx.device_info().get("max_recommended_working_set_size", memory):
+    if needed > int(mx.device_info().get("max_recommended_working_set_size", memory)):
         return f"The unquantized model needs {needed / 1e9:.0f} GB and was not run."
     return ""
 
@@ -138,12 +138,13 @@ class Subject:
     def replies(self, prompts: list[str], seed: int) -> tuple[float, list[list[int]]]:
         """Mean steps per canvas, and the first canvas of every reply, filled up with end tokens."""
         from ..generation.replying import generate
+        from ..generation.request import request_options
 
         length = self.model.config.canvas_length
-        options = GenerationOptions(max_tokens=LONGEST * length, seed=seed)
+        options = request_options(self.model, GenerationOptions(max_tokens=LONGEST * length, seed=seed))
         results = [generate(self.model, self.processor, prompt, options=options) for prompt in prompts]
         steps = [count for result in results for count in result.stats.steps]
-        end = self.model.options.end_tokens[0]
+        end = next(iter(options.end_tokens), 0)
         return sum(steps) / len(steps), [(result.tokens + [end] * length)[:length] for result in results]
 
     def logits(self, prompts: list[str], canvases: list[np.ndarray]) -> Iterator[mx.array]:
@@ -160,7 +161,7 @@ def divergence(reference: mx.array, logits: mx.array) -> tuple[float, float]:
     log_q = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     kl = (mx.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean()
     same = (mx.argmax(reference, axis=-1) == mx.argmax(logits, axis=-1)).astype(mx.float32).mean()
-    return kl.item(), same.item()
+    return float(kl), float(same)
 
 
 def _noised(canvases: list[list[int]], vocabulary: int, seed: int) -> list[np.ndarray]:

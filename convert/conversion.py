@@ -1,4 +1,4 @@
-"""From a source and its options to a directory that loads here and in mlx-vlm."""
+"""Conversion, from a source and its options to a directory that loads here and in mlx-vlm."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +22,8 @@ from ..errors import CheckpointError
 from ..paths import user_path
 from .plan import DTYPES, SHORT, Plan, make_plan
 from .quantization import AUTO, Bits, Scheme, make_scheme
-from .reading import remote as hub
 from .reading.reader import Files, Reader
+from .reading.remote import download, remote_files, remote_headers
 from .reading.stream import StreamedFiles
 from .report import ConversionReport
 from .writing.hashes import REPORT
@@ -49,7 +50,7 @@ class Source:
 
     @property
     def identity(self) -> list[list[object]]:
-        """What changes when the weights do."""
+        """A value that changes when the weights do."""
         files = sorted({entry.file for entry in self.entries.values()})
         if self.remote is not None:
             return [[file, *self.remote.get(file, (self.commit,))] for file in files]
@@ -113,7 +114,7 @@ def plan_conversion(
     dtype: str | None = None,
     revision: str | None = None,
 ) -> Plan:
-    """What `convert_checkpoint` would write with the same arguments. Of a repository only the small files and the
+    """Plan what `convert_checkpoint` would write with the same arguments. Of a repository only the small files and the
     headers of the large ones are read. Raises CheckpointError.
     """
     scheme = make_scheme(bits, group_size, mode, recipe, overrides)
@@ -129,24 +130,24 @@ def plan_tensors(
 
 
 def _find(source: str | Path, revision: str | None, weights: Literal["local", "remote", "streamed"]) -> Source:
-    """`source`, with its weights on this disk, only looked at on the hub, or to be downloaded one by one later."""
+    """Find the source: its weights on this disk, only looked at on the hub, or to be downloaded one by one later."""
     if not is_repository(source):
         directory = user_path(source)
         ModelConfig.from_directory(directory)  # says most plainly what is wrong with another model's directory
         return Source(directory, read_checkpoint_headers(directory))
     repository = str(source)
-    directory = hub.download(repository, revision, weights == "local")
+    directory = download(repository, revision, weights == "local")
     ModelConfig.from_directory(directory)
     commit = directory.name
     read_index(directory)  # refuses names that lead elsewhere before anything is asked for by them
     if weights == "local":
         return Source(directory, read_checkpoint_headers(directory), repository, commit)
-    remote = hub.remote_files(repository, commit) if weights == "streamed" else None
-    return Source(directory, hub.remote_headers(repository, commit), repository, commit, remote)
+    remote = remote_files(repository, commit) if weights == "streamed" else None
+    return Source(directory, remote_headers(repository, commit), repository, commit, remote)
 
 
 def _files(source: Source, plan: Plan, partial: Partial) -> Files:
-    if source.remote is None:
+    if not (source.remote and source.repository and source.commit):
         return Files(source.directory)
     shards = zip(plan.shard_names, plan.shards, strict=True)
     jobs = [job for name, shard in shards if name not in partial.finished for job in shard]
@@ -222,7 +223,7 @@ def _write_rest(source: Source, report: ConversionReport, partial: Partial) -> N
 def _fingerprint(source: Source, plan: Plan, allow_nan: bool) -> str:
     """Equal exactly when finished shards of an earlier run are what this one would write."""
     content = {
-        "versions": [__version__, mx.__version__],
+        "versions": [__version__, metadata.version("mlx")],
         "source": source.identity,
         "tensors": [[output.name, output.dtype, output.shape] for output in plan.tensors],
         "modules": [repr(job.quantization) for job in plan.jobs],

@@ -1,4 +1,4 @@
-"""What a conversion will write, computed from names and shapes alone: tensors, files, sizes, memory to run."""
+"""The plan of a conversion, computed from names and shapes alone: tensors, files, sizes, memory to run."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Plan:
 
     @cached_property
     def total_bytes(self) -> int:
-        """Of all tensors, which is also what the index calls `total_size`."""
+        """The bytes of all tensors, which the index calls `total_size`."""
         return sum(job.nbytes for job in self.jobs)
 
     @cached_property
@@ -92,7 +92,7 @@ class Plan:
 
     @cached_property
     def file_bytes(self) -> int:
-        """Of all weight files, headers included."""
+        """The bytes of all weight files, headers included."""
         return self.total_bytes + sum(len(shard_header(shard)) for shard in self.shards)
 
     @property
@@ -134,7 +134,7 @@ class Plan:
 
     @property
     def group_bits(self) -> dict[str, str]:
-        """How the matrices of every group are stored, in words."""
+        """Say in words how the matrices of every group are stored."""
         found: dict[str, dict[str, None]] = defaultdict(dict)
         for job in self.jobs:
             if len(job.weight.shape) > 1:

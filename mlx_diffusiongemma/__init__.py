@@ -62,27 +62,72 @@ _HOMES = {
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = ["__version__", *sorted(_HOME_OF)]
+__all__ = [
+    "MODES",
+    "Attempt",
+    "BusyError",
+    "Canvas",
+    "CanvasError",
+    "ChatSession",
+    "CheckpointError",
+    "Choice",
+    "Commit",
+    "DiffusionGemmaError",
+    "Digits",
+    "Done",
+    "Draft",
+    "Edited",
+    "Event",
+    "Form",
+    "GenerationOptions",
+    "Hole",
+    "Infilled",
+    "MemoryWarning",
+    "MissingBackendError",
+    "ModelConfig",
+    "Prefill",
+    "Processor",
+    "Prompt",
+    "PromptError",
+    "Quantization",
+    "Reply",
+    "Result",
+    "Stats",
+    "Text",
+    "ToolCall",
+    "__version__",
+    "choose",
+    "collect",
+    "edit",
+    "fill",
+    "generate",
+    "generate_batch",
+    "infill",
+    "load",
+    "stream",
+]
 
 
-def __getattr__(name: str):
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        module = importlib.import_module(f".{_HOME_OF[name]}", __name__)
-    except ImportError as error:
-        # On Linux, MLX is an extra, and its package without a backend cannot load its library.
-        if (error.name or "").split(".")[0] == "mlx" or "libmlx" in str(error):
-            from .errors import MissingBackendError
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one of these
 
-            raise MissingBackendError(
-                "MLX is not installed for this machine; run: pip install 'mlx-diffusiongemma[cpu]' "
-                "(or [cuda] for an NVIDIA GPU)."
-            ) from None
-        raise
-    value = getattr(module, name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> object:
+        if name not in _HOME_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            module = importlib.import_module(f".{_HOME_OF[name]}", __name__)
+        except ImportError as error:
+            # On Linux, MLX is an extra, and its package without a backend cannot load its library.
+            if (error.name or "").split(".")[0] == "mlx" or "libmlx" in str(error):
+                from .errors import MissingBackendError
+
+                raise MissingBackendError(
+                    "MLX is not installed for this machine; run: pip install 'mlx-diffusiongemma[cpu]' "
+                    "(or [cuda] for an NVIDIA GPU)."
+                ) from None
+            raise
+        value = getattr(module, name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -24,7 +24,7 @@ from .errors import DiffusionGemmaError
 class _Verbs(TyperGroup):
     """Turns what a user can do something about into one sentence and an exit code."""
 
-    def invoke(self, context):
+    def invoke(self, context: Any) -> Any:
         try:
             return super().invoke(context)
         except DiffusionGemmaError as error:

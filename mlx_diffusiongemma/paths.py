@@ -8,7 +8,7 @@ from .errors import PromptError
 
 
 def user_path(path: str | Path) -> Path:
-    """`path` with a leading ~ resolved. Raises PromptError where that user is not known."""
+    """Resolve a leading ~ in `path`. Raises PromptError where that user is not known."""
     try:
         return Path(path).expanduser()
     except RuntimeError:

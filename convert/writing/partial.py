@@ -94,7 +94,7 @@ def open_partial(out: Path, fingerprint: str) -> Iterator[Partial]:
 
 
 def _check_ours(path: Path) -> None:
-    """What a stopped conversion left may be deleted, and nothing else."""
+    """Refuse to delete anything but what a stopped conversion left."""
     if not path.exists() and not path.is_symlink():
         return
     names = {entry.name for entry in path.iterdir()} if path.is_dir() and not path.is_symlink() else {path.name}

@@ -1,4 +1,4 @@
-"""What this machine can do at best: the rates that a step's parts are measured against."""
+"""The best that this machine can do: the rates that a step's parts are measured against."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the measured operations are."""
+    """The sizes of the measured operations."""
 
     width: int
     experts: int
@@ -58,7 +58,7 @@ def seconds_of(work: Callable[[], object], least: float) -> float:
 
 
 def measure_ceilings(dtype: mx.Dtype, on_cpu: bool) -> Ceilings:
-    """dtype: of the activations, the model's own."""
+    """Measure the ceilings of this machine. dtype: of the activations, the model's own."""
     sizes = CPU_SIZES if on_cpu else GPU_SIZES
     return Ceilings(
         matmul=_matmul(sizes, dtype),

@@ -1,4 +1,4 @@
-"""How fast a model runs here, and where a step's time goes. `benchmark_report` shows what this measures.
+"""Measures how fast a model runs here and where a step's time goes; `report` shows it.
 
 On a machine without a GPU the same runs with smaller ceilings, and the report says that it was a CPU.
 """
@@ -11,7 +11,8 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,15 @@ import mlx.core as mx
 from ..checkpoints import accounting
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.hub import download_snapshot, is_repository
-from ..convert.reading import remote as hub
+from ..convert.reading import remote
 from ..errors import CheckpointError
 from ..events import Commit, Done
 from ..generation.canvas import Canvas
 from ..generation.denoising import Denoising, Job
 from ..generation.replying import stream
+from ..generation.request import request_options
 from ..generation.sampling import Draws
+from ..options import GenerationOptions
 from ..paths import user_path
 from .ceilings import Ceilings, measure_ceilings
 from .step_profile import Component, measure_step
@@ -48,7 +51,7 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Machine:
-    """What ran. `load`: of the operating system at the start, where it says one."""
+    """The machine that the measurements ran on. `load`: the operating system's at the start, where it says one."""
 
     chip: str
     system: str
@@ -125,7 +128,7 @@ class Report:
     against: Autoregressive | None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it, with the rates that follow from the rest."""
+        """The report as JSON can hold it, with the rates that follow from the rest."""
         content = asdict(self)
         for written, measured in zip(content["fixed"], self.fixed, strict=True):
             written |= {"seconds_per_step": measured.seconds_per_step, "tokens_per_second": measured.tokens_per_second}
@@ -184,14 +187,14 @@ def run_benchmark(
 
 
 def plan_memory(source: str | Path, context: int = accounting.CONTEXT) -> accounting.Memory:
-    """What a converted checkpoint, a directory or a repository, needs to run after `context` tokens.
+    """The memory that a converted checkpoint, a directory or a repository, needs to run after `context` tokens.
 
     From its shapes alone: of a repository only the small files and the headers of the large ones are read.
     Raises CheckpointError.
     """
     if is_repository(source):
-        directory = hub.download(str(source), None, weights=False)
-        checkpoint = Checkpoint.in_directory(directory, hub.remote_headers(str(source), directory.name))
+        directory = remote.download(str(source), None, weights=False)
+        checkpoint = Checkpoint.in_directory(directory, remote.remote_headers(str(source), directory.name))
     else:
         checkpoint = Checkpoint.open(source)
     return accounting.memory_needed(checkpoint.config, checkpoint.nbytes, context, checkpoint.item)
@@ -202,7 +205,7 @@ def describe_machine() -> Machine:
     return Machine(
         chip=_chip(str(info.get("device_name", ""))),
         system=f"{platform.system()} {platform.mac_ver()[0] or platform.release()}",
-        mlx=mx.__version__,
+        mlx=metadata.version("mlx"),
         device="GPU" if mx.default_device() == mx.gpu else "CPU",
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         load=os.getloadavg()[0],
@@ -235,8 +238,8 @@ def encode_prefix(model: DiffusionGemma, count: int) -> tuple[Cache, float]:
 def measure_fixed(model: DiffusionGemma, cache: Cache, steps: int) -> FixedWork:
     """A canvas that is never sure enough to stop, after the cached prefix."""
     length = model.config.canvas_length
-    options = replace(model.options, max_steps=steps, confidence=0.0, canvas_length=length)
-    run = Denoising(model, options, model.config.text.vocab_size)
+    options = GenerationOptions(max_steps=steps, confidence=0.0, canvas_length=length)
+    run = Denoising(model, request_options(model, options), model.config.text.vocab_size)
     run.add(Job(Canvas([]).part(0, length), cache, Draws(seed=0)))
     started = time.perf_counter()
     for _ in run.steps():

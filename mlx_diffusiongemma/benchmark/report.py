@@ -25,7 +25,7 @@ def render(report: Report) -> Group:
 
 
 def render_plan(memory: Memory, context: int = CONTEXT) -> Table:
-    """What running needs: weights, keys and values, one step; then what some uses add."""
+    """Render the memory that running needs: weights, keys and values, one step; then what some uses add."""
     table = Table(title=f"Memory with {context:,} tokens of context", title_justify="left")
     table.add_column("part")
     table.add_column("GB", justify="right")
@@ -110,8 +110,8 @@ def _speed(report: Report) -> Table:
     )
     if report.against:
         rival = report.against
-        peak = f"autoregressive, peak {rival.peak_memory / 1e9:.2f} GB"
-        table.add_row(rival.model, f"{rival.tokens_per_second:.1f}", "", peak)
+        note = f"autoregressive, peak {rival.peak_memory / 1e9:.2f} GB"
+        table.add_row(rival.model, f"{rival.tokens_per_second:.1f}", "", note)
     table.add_row("prefill", f"{report.prefill_tokens_per_second:.1f}", "", f"{report.prefix:,} tokens")
     first, peak = natural.first_canvas_seconds, natural.peak_memory / 1e9
     table.add_section()

@@ -1,4 +1,4 @@
-"""mlx-dg bench"""
+"""The verb `mlx-dg bench`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mlx-dg check"""
+"""The verb `mlx-dg check`."""
 
 from __future__ import annotations
 

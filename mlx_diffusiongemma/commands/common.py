@@ -1,4 +1,4 @@
-"""What several verbs share: options, and finding the model."""
+"""Things that several verbs share: options, and finding the model."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def announce_download(source: str, revision: str | None, patterns: Sequence[str]
 
 
 def default_model() -> str:
-    """What was last converted in this directory, else the ready-made checkpoint."""
+    """The checkpoint that was last converted in this directory, else the ready-made one."""
     from ..convert.writing.hashes import REPORT
 
     converted = list(Path().glob(f"*/{REPORT}"))

@@ -1,11 +1,11 @@
-"""mlx-dg convert"""
+"""The verb `mlx-dg convert`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -71,7 +71,7 @@ def convert(
     if (source and hf_path) or (out and mlx_path):
         raise typer.BadParameter("give SOURCE and OUT once, by position or as --hf-path and --mlx-path")
     source = source or hf_path or OFFICIAL
-    settings = {
+    settings: dict[str, Any] = {
         "bits": width,
         "group_size": group_size,
         "mode": mode,
@@ -114,7 +114,7 @@ def _overrides(settings: list[str]) -> dict[str, str]:
 
 
 def _suffix(bits: int | str | None, mode: str, recipe: str) -> str:
-    """How a converted directory's name ends."""
+    """The end of a converted directory's name."""
     if bits is None:
         return "mlx"
     if mode != "affine":
@@ -126,9 +126,10 @@ def _suffix(bits: int | str | None, mode: str, recipe: str) -> str:
 
 def _calibrate(out: Path, source: str, prompts: str, revision: str | None) -> None:
     from ..convert import calibrate, read_prompts
+    from ..convert.calibration import PROMPTS
 
-    given = {} if prompts == BUILT_IN else {"prompts": read_prompts(prompts)}
-    typer.echo(calibrate(out, source, **given, revision=revision).render(), err=True)
+    result = calibrate(out, source, PROMPTS if prompts == BUILT_IN else read_prompts(prompts), revision=revision)
+    typer.echo(result.render(), err=True)
 
 
 @contextmanager

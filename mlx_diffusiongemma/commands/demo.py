@@ -1,4 +1,4 @@
-"""mlx-dg demo"""
+"""The verb `mlx-dg demo`."""
 
 from __future__ import annotations
 

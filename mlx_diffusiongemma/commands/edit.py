@@ -1,4 +1,4 @@
-"""mlx-dg edit"""
+"""The verb `mlx-dg edit`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""mlx-dg generate"""
+"""The verb `mlx-dg generate`."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,7 @@ from ..errors import PromptError
 from .common import LiveCanvas, MaxTokens, Model, Seed, Steps, end_line, load_model
 
 if TYPE_CHECKING:
+    from ..events import Event
     from ..processing.processor import Processor, Prompt
 
 
@@ -79,7 +81,7 @@ def generate(
     ).filled_from(MODES[mode])
     loaded, processor = load_model(model)
     request = _request(processor, text, raw, system, image or [], video or [], thinking)
-    events = stream(loaded, processor, request, options=options)
+    events: Iterable[Event] = stream(loaded, processor, request, options=options)
     with ExitStack() as stack:
         if trace:
             events = stack.enter_context(TraceWriter(trace)).watch(events)

@@ -1,4 +1,4 @@
-"""mlx-dg infill"""
+"""The verb `mlx-dg infill`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mlx-dg replay"""
+"""The verb `mlx-dg replay`."""
 
 from __future__ import annotations
 

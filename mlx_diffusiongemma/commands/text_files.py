@@ -23,7 +23,7 @@ def read_text(path: str) -> str:
 
 
 def write_out(text: str) -> None:
-    """`text` on stdout, exactly."""
+    """Write `text` to stdout exactly, byte for byte."""
     sys.stdout.buffer.write(text.encode("utf-8"))
     sys.stdout.buffer.flush()
 

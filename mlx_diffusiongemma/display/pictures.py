@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from xml.sax.saxutils import escape
 
 from ..errors import PromptError
 from ..events import Commit, Draft
-from .cells import Row, clusters, layout, printable
+from .cells import Row, break_rows, clusters, printable
 from .terminal import draft_spans
 from .trace import Traced
 
@@ -46,7 +47,7 @@ NO_DRAFTS = "The trace has no drafts, so there is nothing to draw; trace a whole
 
 @dataclass(frozen=True)
 class Frame:
-    """What an animation shows for so many seconds: rows of the styles in `COLORS`, the last one a status line."""
+    """A picture of an animation and how long it is shown: rows of the styles in `COLORS`, the last a status line."""
 
     rows: list[Row]
     seconds: float
@@ -75,7 +76,7 @@ def animated_svg(trace: list[Traced], columns: int = COLUMNS) -> str:
 
 
 def animated_gif(trace: list[Traced], path: str | Path, columns: int = COLUMNS, font: str | Path | None = None) -> None:
-    """`animated_svg` as a GIF, for places that show no SVG.
+    """Write the animation of `animated_svg` as a GIF, for places that show no SVG.
 
     font: a TrueType font file, instead of the system's. Characters that no font has are drawn as boxes.
     Raises PromptError where there are no drafts, or the font or the file cannot be used.
@@ -167,11 +168,11 @@ def _legend(top: float, y: float) -> str:
 
 def _level(entropy: float, top: float) -> int:
     """By the square root: most positions are nearly certain, and those are where differences matter."""
-    return round((LEVELS - 1) * (min(max(entropy, 0.0), top) / top) ** 0.5)
+    return round((LEVELS - 1) * math.sqrt(min(max(entropy, 0.0), top) / top))
 
 
 def _color(level: int) -> str:
-    """Of `SCALE`, in between its colors."""
+    """The color of a level: one of `SCALE`, or between two of them."""
     place = level / (LEVELS - 1) * (len(SCALE) - 1)
     index = min(int(place), len(SCALE) - 2)
     return "#" + _blend(SCALE[index], SCALE[index + 1], place - index).hex()
@@ -190,7 +191,7 @@ def _frames(trace: list[Traced], columns: int) -> list[Frame]:
         raise PromptError(NO_DRAFTS)
     tallest = max(len(rows) for _, rows, _ in screens)
     ends = [seconds for seconds, _, _ in screens[1:]]
-    frames = []
+    frames: list[Frame] = []
     for (start, rows, status), end in zip(screens, [*ends, screens[-1][0] + LAST_FRAME], strict=True):
         rows = [*rows, *[Row([])] * (tallest - len(rows) + 1), Row([("status", status)])]
         longest = LONGEST_FRAME if len(frames) < len(ends) else LAST_FRAME
@@ -207,10 +208,10 @@ def _screens(trace: list[Traced], columns: int) -> Iterator[tuple[float, list[Ro
                 status = f"canvas {draft.canvas + 1} · step {draft.step}/{draft.max_steps}"
                 status += f" · entropy {draft.mean_entropy:.3f}"
                 spans = [("committed", text), *draft_spans(draft, _style)]
-                yield traced.seconds, layout(spans, columns, words=True)[-MOST_ROWS:], status
+                yield traced.seconds, break_rows(spans, columns, words=True)[-MOST_ROWS:], status
             case Commit() as commit:
                 text += printable(commit.text)
-                yield traced.seconds, layout([("committed", text)], columns, words=True)[-MOST_ROWS:], status
+                yield traced.seconds, break_rows([("committed", text)], columns, words=True)[-MOST_ROWS:], status
 
 
 def _style(accepted: bool, entropy: float) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TextIO
 
 from ..events import Commit, Done, Draft, Event, Prefill, Stats
-from .cells import Row, Span, layout, printable
+from .cells import Row, Span, break_rows, printable
 
 if TYPE_CHECKING:
     from ..options import GenerationOptions
@@ -51,7 +51,7 @@ def show(
 
 
 def statistics_line(stats: Stats) -> str:
-    """What a request cost, in one line for people."""
+    """Say what a request cost, in one line for people."""
     prompt = f"prompt {_count(stats.prompt_tokens, 'token')}"
     if stats.cached_tokens:
         prompt += f" ({stats.cached_tokens} cached)"
@@ -83,7 +83,10 @@ def _can_draw(stream: TextIO) -> bool:
 
 
 def draft_spans(draft: Draft, style: Callable[[bool, float], str]) -> list[Span]:
-    """A draft for `layout`, thoughts and calls too. style: from whether a token is accepted and its entropy in nats."""
+    """A draft for `break_rows`, thoughts and calls too.
+
+    style: names one, from whether a token is accepted and its entropy in nats.
+    """
     if not draft.pieces:
         return [(style(True, 0.0), printable(draft.text))]
     spans: list[Span] = []
@@ -96,7 +99,7 @@ def draft_spans(draft: Draft, style: Callable[[bool, float], str]) -> list[Span]
 
 
 class _View:
-    """What is on the screen: the reply's unfinished last line, the draft that continues it, and a status line."""
+    """The part of the screen that changes: the reply's unfinished last line, the draft that continues it, a status."""
 
     def __init__(
         self,
@@ -174,8 +177,8 @@ class _View:
         if not self.region:
             return
         columns, lines = self.region.size()
-        line = layout([("", self.line)], columns)
-        rows = layout(self._spans(), columns)
+        line = break_rows([("", self.line)], columns)
+        rows = break_rows(self._spans(), columns)
         excess = max(len(rows) + 1 - lines, 0)  # the top of a long line gives way first, then the draft's end
         rows = rows[min(excess, max(len(line) - 1, 0)) :][: lines - 1]
         self.region.draw([*rows, _fitting(self.status, columns - 1)])
@@ -205,7 +208,7 @@ class _View:
 
 
 def _fitting(parts: list[str], columns: int) -> Row:
-    """As many of `parts` as a row holds."""
+    """Join as many of `parts` as a row holds."""
     text = parts[0][:columns]
     for part in parts[1:]:
         if len(text) + len(" · ") + len(part) > columns:
@@ -264,7 +267,7 @@ class _Region:
         columns, lines = self.size()
         height = len(self.rows)
         if columns < self.columns:  # the terminal has wrapped the rows since
-            height = sum(len(layout([("", row.text)], columns)) or 1 for row in self.rows)
+            height = sum(len(break_rows([("", row.text)], columns)) or 1 for row in self.rows)
         up = min(height, lines) - 1
         return f"\r\x1b[{up}A" if up > 0 else "\r"
 

@@ -67,7 +67,7 @@ class TraceWriter:
 
 
 def read_trace(path: str | Path) -> list[Traced]:
-    """What `TraceWriter` wrote, or the output of `--json`. Raises PromptError where the file is neither."""
+    """Read what `TraceWriter` wrote, or the output of `--json`. Raises PromptError where the file is neither."""
     try:
         lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except OSError as error:
@@ -120,9 +120,7 @@ def _fields(event: Event) -> dict[str, Any]:
             content["tool_calls"] = [vars(call) for call in event.tool_calls]
         case Done(_, stats):
             rates = ("prompt_tokens_per_second", "tokens_per_second", "steps_per_canvas", "tokens_per_step")
-            values = (stats.prompt_tokens_per_second, stats.tokens_per_second)
-            values += (stats.steps_per_canvas, stats.tokens_per_step)
-            content["stats"] = vars(stats) | {name: round(v, 3) for name, v in zip(rates, values, strict=True)}
+            content["stats"] = vars(stats) | {name: round(getattr(stats, name), 3) for name in rates}
     return content
 
 
@@ -154,8 +152,10 @@ def _draft(content: dict[str, Any]) -> Draft:
     pieces = [str(piece) for piece in content.get("pieces") or []]
     if not tokens or len({len(tokens), len(accepted), len(entropy), len(pieces) or len(tokens)}) > 1:
         raise ValueError("a draft needs as many tokens as marks, entropies and pieces")
-    numbers = (int(content[name]) for name in ("canvas", "step", "max_steps"))
-    return Draft(*numbers, tokens, accepted, entropy, str(content["text"]), _parts(content.get("parts", ())), pieces)
+    canvas, step, most = (int(content[name]) for name in ("canvas", "step", "max_steps"))
+    return Draft(
+        canvas, step, most, tokens, accepted, entropy, str(content["text"]), _parts(content.get("parts", ())), pieces
+    )
 
 
 def _parts(pairs: Iterable[Any]) -> list[Part]:

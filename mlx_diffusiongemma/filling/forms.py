@@ -198,9 +198,9 @@ def _read(processor: Processor, tokens: list[int], own: Field) -> str:
 
 
 def _confidence(filler: GapFiller, names: list[str]) -> dict[str, float]:
-    """How sure the model is of each field, see `Form`. Raises Cancelled."""
+    """Tell how sure the model is of each field, see `Form`. Raises Cancelled."""
     canvas = filler.canvas
-    tokens = tuple(canvas.canvas.tokens)
+    tokens = tuple(canvas.tokens)
     probes = [[filler.probe(tokens, place, {place}) for place in range(start, stop)] for start, stop in canvas.gaps]
     values = iter(filler.log_probabilities([probe for own in probes for probe in own]))
     means = [sum(next(values) for _ in own) / len(own) for own in probes]

@@ -59,6 +59,11 @@ class GappedCanvas(NamedTuple):
     def lengths(self) -> tuple[int, ...]:
         return tuple(stop - start for start, stop in self.gaps)
 
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens of a canvas that is filled: one at every position."""
+        return [token for token in self.canvas.tokens if token is not None]
+
     def filled(self, tokens: Sequence[int]) -> GappedCanvas:
         """The same canvas after denoising."""
         return self._replace(canvas=Canvas(tokens, self.canvas.pinned))
@@ -72,6 +77,11 @@ def longest_gap(canvas_length: int) -> int:
 def most_tokens(segments: Sequence[Segment]) -> int:
     """The tokens of `segments` with the longest filling in every gap."""
     return sum(segment.longest if isinstance(segment, Gap) else len(segment) for segment in segments)
+
+
+def given_tokens(segments: Sequence[Segment]) -> list[int]:
+    """The tokens of `segments`, without those that the gaps will have."""
+    return [token for segment in segments if not isinstance(segment, Gap) for token in segment]
 
 
 def lengths_up_to(most: int) -> list[int]:
@@ -89,13 +99,14 @@ def text_tokens(processor: Processor, text: str) -> list[int]:
         text.encode()
     except UnicodeEncodeError as error:
         raise PromptError(f"The text is not valid Unicode ({error.reason}); check where it comes from.") from None
-    return processor.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    ids: list[int] = processor.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    return ids
 
 
 def lay_out(
     window: Sequence[Segment], choices: Sequence[int], length: int, ending: Sequence[int] | None
 ) -> GappedCanvas:
-    """`window` on a canvas of `length`, with the chosen filling in each gap and all else pinned.
+    """Lay `window` on a canvas of `length`, with the chosen filling in each gap and all else pinned.
 
     ending: what follows the text where it ends on this canvas; its last token fills the rest. None: the rest is free.
     """

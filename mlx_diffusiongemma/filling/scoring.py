@@ -1,4 +1,4 @@
-"""How probable given tokens are at given places of a canvas, and what follows from it."""
+"""Scores: how probable given tokens are at given places of a canvas, and what follows from it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from ..checkpoints.accounting import rows_after
 from ..generation import sampling
@@ -30,7 +31,7 @@ class Probe(NamedTuple):
 
 
 class Cancelled(Exception):
-    """What is being computed is not wanted any more. Never leaves the request that was cancelled."""
+    """Nobody wants any more what is being computed. Never leaves the request that was cancelled."""
 
 
 def log_probabilities(
@@ -68,7 +69,7 @@ def _read(model: DiffusionGemma, hidden: mx.array, asked: list[tuple[int, Probe]
         few = asked[first : first + POSITIONS]
         at = hidden[mx.array([row for row, _ in few]), mx.array([probe.position for _, probe in few])]
         values = _log_softmax_at(model.logits(at[None])[0], mx.array([probe.token for _, probe in few]))
-        found |= zip((probe for _, probe in few), values.tolist(), strict=True)
+        found |= zip((probe for _, probe in few), np.array(values).tolist(), strict=True)
     return found
 
 
@@ -80,7 +81,9 @@ def _log_softmax_at(logits: mx.array, tokens: mx.array) -> mx.array:
 def noise_canvases(seed: int, count: int, length: int, vocabulary: int) -> list[list[int]]:
     """Canvases of uniform random ids: the starting canvases that a batch with this seed would have."""
     draws = [sampling.Draws(seed, row) for row in range(count)]
-    return sampling.noise(sampling.draw_keys(draws, [0] * count, sampling.NOISE), length, vocabulary).tolist()
+    keys = sampling.draw_keys(draws, [0] * count, sampling.NOISE)
+    canvases: list[list[int]] = np.array(sampling.noise(keys, length, vocabulary)).tolist()
+    return canvases
 
 
 def reply_opening(

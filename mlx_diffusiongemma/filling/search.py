@@ -19,7 +19,7 @@ from ..generation.prefix import encode_prompt
 from ..generation.sampling import Draws
 from ..model.budgets import TOGETHER
 from .denoisers import InParts, Restricted
-from .gaps import Gap, GappedCanvas, Segment, lay_out, longest_gap, most_tokens
+from .gaps import Gap, GappedCanvas, Segment, given_tokens, lay_out, longest_gap, most_tokens
 from .scoring import Cancelled, Probe, log_probabilities, noise_canvases, reply_opening
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class GapFiller:
         self.filled: list[list[int]] = []  # tokens of each gap
         self.attempts: list[Attempt] = []
         self.steps: list[int] = []  # of each canvas
-        self.canvas: GappedCanvas | None = None  # the last one, filled
+        self.canvas: GappedCanvas  # the last one, filled
         self.stats = Stats(prompt_tokens=len(request.prompt.tokens))
         self._check_room()
 
@@ -112,7 +112,7 @@ class GapFiller:
     @property
     def tokens(self) -> list[int]:
         """The reply, without the gaps that are still open."""
-        return [token for segment in self.segments if not isinstance(segment, Gap) for token in segment]
+        return given_tokens(self.segments)
 
     @property
     def text(self) -> str:
@@ -186,20 +186,20 @@ class GapFiller:
     def _fill_canvas(self) -> None:
         """Fill the gaps on the next canvas, and make them part of the text."""
         first = next(index for index, segment in enumerate(self.segments) if isinstance(segment, Gap))
-        before = [token for segment in self.segments[:first] for token in segment]
+        before = given_tokens(self.segments[:first])
         lead = self._lead(len(before), first)
         if (reply := before[: len(before) - lead]) and len(reply) > self.encoded:
             self._read_prefix(reply)
         window = self._window(first, self.length - lead)
         self.steps.append(0)
         self.canvas = self._search([before[len(before) - lead :], *window], lead)
-        tokens = list(self.canvas.canvas.tokens)
+        tokens = self.canvas.tokens
         at = (index for index, segment in enumerate(window, first) if isinstance(segment, Gap))
         for index, (start, stop) in zip(at, self.canvas.gaps, strict=True):
             gap = tokens[start:stop]
             ends = (place for place, token in enumerate(gap) if token in self.options.end_tokens)
-            self.segments[index] = gap[: next(ends, len(gap))]
-            self.filled.append(self.segments[index])
+            self.filled.append(gap[: next(ends, len(gap))])
+            self.segments[index] = self.filled[-1]
         made = len(self.steps) - 1, tokens[lead : self.canvas.end], self.steps[-1]
         if self.at_once:
             self.unreported = made
@@ -214,7 +214,7 @@ class GapFiller:
             self.report(Commit(canvas, tokens, [("text", new)] * bool(new), steps))
 
     def _certain_text(self) -> str:
-        """What no gap that is still open can change."""
+        """The text that no gap still open can change."""
         filled, text = iter(self.filled), ""
         for piece in self.pieces:
             if isinstance(piece, str):
@@ -227,7 +227,7 @@ class GapFiller:
 
     def _draft(self, canvas: GappedCanvas, lead: int, step: Step | None) -> None:
         """Report a step of a canvas, or one that was not denoised, from where its text is not certain yet."""
-        tokens = list(canvas.canvas.tokens) if step is None else step.tokens
+        tokens = canvas.tokens if step is None else step.tokens
         accepted = [True] * len(tokens) if step is None else step.accepted
         entropy = [0.0] * len(tokens) if step is None else step.entropy
         settled = [a or pinned for a, pinned in zip(accepted, canvas.canvas.pinned, strict=True)]
@@ -247,7 +247,7 @@ class GapFiller:
         )
 
     def _lead(self, before: int, first: int) -> int:
-        """How many of the tokens `before` the gap lie with it on the canvas.
+        """Count the tokens `before` the gap that lie with it on the canvas.
 
         A reply is cut into canvases from its first token on, as in training; a gap that would then have too little of
         what follows beside it begins a canvas of its own.
@@ -258,7 +258,7 @@ class GapFiller:
     def _fits(self, index: int, room: int) -> bool:
         """Whether the gap at `index` fits, together with a fair part of what follows it."""
         after = most_tokens(self.segments[index + 1 :]) + len(self.ending or ())
-        return self.segments[index].longest + min(after, self.length - longest_gap(self.length)) <= room
+        return most_tokens([self.segments[index]]) + min(after, self.length - longest_gap(self.length)) <= room
 
     def _window(self, first: int, room: int) -> list[Segment]:
         """The segments from the first gap up to a gap that does not fit; text may reach beyond the canvas."""
@@ -275,17 +275,18 @@ class GapFiller:
         while the others keep the best so far, at first their longest filling. Raises Full.
         """
         gaps = [segment for segment in window if isinstance(segment, Gap)]
+        sizes = [[len(filling.tokens) for filling in gap.fillings] for gap in gaps]
         room = self.options.max_tokens - sum(map(len, self.filled))
 
         def fits(choices: Choices) -> bool:
-            return sum(len(gap.fillings[own].tokens) for gap, own in zip(gaps, choices, strict=True)) <= room
+            return sum(own[choice] for own, choice in zip(sizes, choices, strict=True)) <= room
 
-        every = [range(len(gap.fillings)) for gap in gaps]
+        every = [range(len(own)) for own in sizes]
         if math.prod(map(len, every)) <= EVERY:
             return self._try(window, lead, list(filter(fits, itertools.product(*every))))[1]
-        best = tuple(max(range(len(g.fillings)), key=lambda i, g=g: len(g.fillings[i].tokens)) for g in gaps)
+        best = tuple(own.index(max(own)) for own in sizes)
         if not fits(best):
-            best = tuple(min(range(len(g.fillings)), key=lambda i, g=g: len(g.fillings[i].tokens)) for g in gaps)
+            best = tuple(own.index(min(own)) for own in sizes)
         for number, own in enumerate(every):
             varied = [(*best[:number], choice, *best[number + 1 :]) for choice in own]
             best, canvas = self._try(window, lead, list(filter(fits, varied)))
@@ -328,7 +329,8 @@ class GapFiller:
         # The longest begins alone: a first draft costs one canvas, however many are compared.
         waiting = sorted(canvases, key=lambda job: sum(canvases[job].lengths))
         run.add(waiting.pop())
-        last, latest = self.options.max_steps, {}
+        last = self.options.max_steps
+        latest: dict[Job, Step] = {}
         with closing(run.steps()) as steps:
             for shown in steps:
                 self.steps[-1] += 1
@@ -343,7 +345,7 @@ class GapFiller:
         return [(start.filled(latest[job].tokens), latest[job]) for job, start in canvases.items()]
 
     def _surprises(self, rows: list[GappedCanvas]) -> list[float]:
-        """How much each filled canvas surprises the model, in nats: minus the log probability of every token from the
+        """The surprise of each filled canvas to the model, in nats: minus the log probability of every token from the
         first gap up to where the text ends on all of the canvases, each with all others in place.
 
         A token that is seen in its place is nearly always believed, right or wrong. So noise takes the place of those
@@ -353,7 +355,7 @@ class GapFiller:
         common = min(row.end - row.gaps[-1][1] for row in rows)
         probes: list[list[Probe]] = []
         for row in rows:
-            tokens = tuple(row.canvas.tokens)
+            tokens = tuple(row.tokens)
             inside = {place for span in row.gaps for place in range(*span)}
             left_out: dict[int, set[int]] = {}  # for a place, those with noise while it is asked for
             for (start, stop), fixed in zip(row.gaps, row.fixed, strict=True):

@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mlx.utils import tree_flatten
+from mlx.utils import tree_reduce
 
 from ..checkpoints.accounting import batch_bytes
 from ..checkpoints.memory import usable_bytes
@@ -21,7 +21,7 @@ from .sampling import seed_of_row
 
 if TYPE_CHECKING:
     from ..model.diffusion_gemma import DiffusionGemma
-    from ..options import GenerationOptions
+    from ..options import GenerationOptions, Settings
     from ..processing.processor import Processor
     from .request import PromptLike
 
@@ -63,9 +63,9 @@ def generate_batch(
 
 
 def _results(
-    model: DiffusionGemma, processor: Processor, requests: Iterator[Request], options: GenerationOptions, rows: int
+    model: DiffusionGemma, processor: Processor, requests: Iterator[Request], options: Settings, rows: int
 ) -> Iterator[Result]:
-    room = usable_bytes() - sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    room = usable_bytes() - tree_reduce(lambda total, array: total + array.nbytes, model.parameters(), 0)
     item = model.dtype.size
     most = model.config.text.max_position_embeddings
 

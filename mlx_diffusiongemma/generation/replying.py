@@ -15,7 +15,7 @@ from .writer import Writer
 if TYPE_CHECKING:
     from ..model.cache import Cache
     from ..model.diffusion_gemma import DiffusionGemma
-    from ..options import GenerationOptions
+    from ..options import GenerationOptions, Settings
     from ..processing.processor import Processor
     from .canvas import Canvas
     from .request import PromptLike
@@ -78,7 +78,7 @@ def generate(
     seed: int | None = None,
     cancel: threading.Event | None = None,
 ) -> Result:
-    """`stream`, to the end: the whole reply."""
+    """Generate a reply and return it whole; the arguments are those of `stream`."""
     events = stream(
         model,
         processor,
@@ -127,9 +127,9 @@ def reply(
     model: DiffusionGemma,
     processor: Processor,
     requests: Iterator[Request],
-    options: GenerationOptions,
+    options: Settings,
     fits: Callable[[Sequence[Request]], bool] = lambda requests: True,
-) -> Iterator[tuple[int, Event]]:
+) -> Generator[tuple[int, Event], None, None]:
     """Run the whole loop: give the events of the replies to `requests`, each with the number of its request.
 
     options: how all of them are denoised; a request's own say the rest. fits: whether so many requests can be in flight

@@ -151,7 +151,7 @@ class Writer:
         self._held.close()
 
     def _note(self) -> str:
-        """What a user should know about a reply that says nothing; empty for any other."""
+        """A sentence for the user about a reply that says nothing; empty for any other."""
         if self.finish_reason == "stop" and not self.tokens:
             attempts = self._stats.retries + 1
             times = f", {attempts} times in a row" if attempts > 1 else ""

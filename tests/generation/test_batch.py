@@ -8,6 +8,7 @@ from unittest.mock import patch
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from PIL import Image
 from random_models import config_json, random_model, true_pattern
 from scripted import ByteProcessor
@@ -72,7 +73,7 @@ def test_memory_stays_flat_over_a_thousand_prompts():
 def test_rows_in_flight_keep_to_the_account(demo, monkeypatch):
     """A machine with room for three replies denoises three at once, however many are allowed."""
     model, _ = demo
-    weights = sum(array.nbytes for _, array in batch.tree_flatten(model.parameters()))
+    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     contexts = [8 * CANVAS + 20] * 3
     monkeypatch.setattr(batch, "usable_bytes", lambda: weights + accounting.batch_bytes(model.config, contexts, 4))
     most = []
