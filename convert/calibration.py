@@ -14,12 +14,13 @@ import numpy as np
 
 from ..config import read_json
 from ..errors import CheckpointError
+from ..files import write_whole
 from ..options import GenerationOptions
 from ..paths import user_path
 from .conversion import convert_checkpoint, plan_conversion
 from .writing.hashes import REPORT
 from .writing.packaging import CARD
-from .writing.partial import write_json, write_whole
+from .writing.partial import write_json
 
 PROMPTS = (
     "Why is the sky blue?",

@@ -13,10 +13,10 @@ from typing import Any
 
 from ...checkpoints.hub import Interrupted
 from ...errors import CheckpointError
+from ...files import UNFINISHED, sync, write_whole
 from .hashes import file_sha256
 
 RECORD = "finished-shards.json"
-NEW = ".new"
 DOWNLOADS = "source"  # inside OUT.partial: files of the source that are not converted yet
 
 
@@ -43,7 +43,7 @@ class Partial:
         (self.path / RECORD).unlink(missing_ok=True)
         shutil.rmtree(self.path / DOWNLOADS, ignore_errors=True)
         self.path.rename(self.out)
-        _sync(self.out.parent)
+        sync(self.out.parent)
 
     @property
     def is_resumable(self) -> bool:
@@ -98,7 +98,7 @@ def _check_ours(path: Path) -> None:
     if not path.exists() and not path.is_symlink():
         return
     names = {entry.name for entry in path.iterdir()} if path.is_dir() and not path.is_symlink() else {path.name}
-    if names and not names & {RECORD, RECORD + NEW}:
+    if names and RECORD not in names and not all(name.startswith(UNFINISHED) for name in names):
         raise CheckpointError(f"{path} is in the way and no stopped conversion; move it or choose another name.")
 
 
@@ -118,17 +118,6 @@ def _kept_when_resumable(partial: Partial) -> Iterator[None]:
         raise
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a small file so that a crash leaves either the old content or the new."""
-    temporary = path.with_name(path.name + NEW)
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file as `write_whole` does, indented as mlx-lm's are."""
     write_whole(path, json.dumps(content, indent=4) + "\n")
@@ -140,11 +129,3 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
