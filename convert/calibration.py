@@ -14,12 +14,13 @@ import numpy as np
 
 from ..config import read_json
 from ..errors import CheckpointError
+from ..files import write_whole
 from ..options import GenerationOptions
 from ..paths import user_path
-from .conversion import convert_checkpoint, plan_conversion
+from .conversion import convert_checkpoint, find_source, plan_conversion
 from .writing.hashes import REPORT
 from .writing.packaging import CARD
-from .writing.partial import write_json, write_whole
+from .writing.partial import write_json
 
 PROMPTS = (
     "Why is the sky blue?",
@@ -67,6 +68,7 @@ def calibrate(
     prompts: Sequence[str] = PROMPTS,
     *,
     revision: str | None = None,
+    stream: bool = False,
     seed: int = 0,
 ) -> Calibration:
     """Compare the converted checkpoint in `directory` with its unquantized `source`, and add the result to its model
@@ -74,28 +76,50 @@ def calibrate(
 
     source: what it was converted from, a directory or repository; it is converted without quantization beside
     `directory` for the time of the comparison. Without it, or where it does not fit, only the steps are counted.
-    Raises CheckpointError and PromptError.
+    stream: as `convert_checkpoint` takes it. Raises CheckpointError and PromptError.
     """
     directory = user_path(directory).absolute()
-    prompts = [prompt for prompt in prompts if prompt.strip()]
-    if not prompts:
-        raise CheckpointError("There is no prompt to calibrate with; give a file with one per line.")
+    prompts = _some(prompts)
     note = "The unquantized model was not given." if source is None else _misfit(source, revision)
     if source is None or note:
         result = Calibration(len(prompts), Subject(directory).replies(prompts, seed)[0], note=note)
     else:
         with tempfile.TemporaryDirectory(prefix=f"{directory.name}.", dir=directory.parent) as scratch:
-            result = _compare(directory, source, revision, prompts, seed, Path(scratch))
+            result = _compare(directory, source, revision, stream, prompts, seed, Path(scratch))
     _publish(directory, result)
     return result
+
+
+def check_calibration(source: str | Path, prompts: Sequence[str] = PROMPTS, *, revision: str | None = None) -> int:
+    """Make sure, before a conversion, that `calibrate` can put `prompts` to the checkpoint at `source`.
+
+    Returns the bytes that it will write beside the converted one for the time of the comparison. Raises CheckpointError
+    and PromptError.
+    """
+    from ..config import ModelConfig
+    from ..processing.processor import Processor
+
+    directory = find_source(source, revision).directory
+    processor = Processor.from_directory(directory, ModelConfig.from_directory(directory))
+    for prompt in _some(prompts):
+        processor.prompt(prompt)
+    return 0 if _misfit(source, revision) else plan_conversion(source, bits=None, revision=revision).file_bytes
 
 
 def read_prompts(path: str | Path) -> list[str]:
     """The prompts in a text file, one per line. Raises CheckpointError."""
     try:
-        return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        return _some(user_path(path).read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError) as error:  # a ValueError for what is no text, and what no path can be
         raise CheckpointError(f"{path} cannot be read as text ({error}); give a file with a prompt per line.") from None
+
+
+def _some(prompts: Sequence[str]) -> list[str]:
+    """The prompts that are not blank. Raises CheckpointError where there are none."""
+    prompts = [prompt for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise CheckpointError("There is no prompt to calibrate with; give a file with one per line.")
+    return prompts
 
 
 def _misfit(source: str | Path, revision: str | None) -> str:
@@ -108,10 +132,17 @@ def _misfit(source: str | Path, revision: str | None) -> str:
 
 
 def _compare(
-    directory: Path, source: str | Path, revision: str | None, prompts: list[str], seed: int, scratch: Path
+    directory: Path,
+    source: str | Path,
+    revision: str | None,
+    stream: bool,
+    prompts: list[str],
+    seed: int,
+    scratch: Path,
 ) -> Calibration:
     """One model in memory after the other; the first one's logits wait on the disk."""
-    subject = Subject(convert_checkpoint(source, scratch / "reference", bits=None, revision=revision).out)
+    reference = convert_checkpoint(source, scratch / "reference", bits=None, revision=revision, stream=stream)
+    subject = Subject(reference.out)
     reference_steps, canvases = subject.replies(prompts, seed)
     noised = _noised(canvases, subject.model.config.text.vocab_size, seed)
     for i, logits in enumerate(subject.logits(prompts, noised)):

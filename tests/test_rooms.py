@@ -20,6 +20,7 @@ PACKAGE = "mlx_diffusiongemma"
 LAYERS = [
     {"errors", "events"},
     {"paths"},
+    {"files"},
     {"config"},
     {"options"},
     {"model", "processing"},

@@ -10,9 +10,10 @@ from typing import Any
 from ...checkpoints.safetensors import INDEX_NAME
 from ...config import ModelConfig, read_json
 from ...errors import CheckpointError
+from ...files import write_whole
 from ..plan import Plan
 from ..quantization import as_config
-from .partial import write_json, write_whole
+from .partial import write_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # one of them must be there
 COPIED = (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -65,6 +66,24 @@ def bytes_to_download(source: str | Path, revision: str | None, patterns: Sequen
         for file in files
         if not isinstance(try_to_load_from_cache(name, file.rfilename, revision=info.sha), str)
     )
+
+
+def check_room(nbytes: int, beside: Mapping[Path, int]) -> None:
+    """Make sure that the disk has room for a download of so many bytes. beside: bytes that will be written elsewhere,
+    by directory; they count where that is on the same disk. Raises CheckpointError.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = user_path(HF_HUB_CACHE).absolute()
+    place = next(directory for directory in (cache, *cache.parents) if directory.is_dir())
+    disk = place.stat().st_dev
+    needed = nbytes + sum(more for directory, more in beside.items() if directory.stat().st_dev == disk)
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise CheckpointError(
+            f"{cache} has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} are needed with the download; free some "
+            "space, or set HF_HOME to a directory on another disk."
+        )
 
 
 def reaching(repository: str, action: Callable[[], T]) -> T:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..processing.processor import Processor
 
 OFFICIAL = "google/diffusiongemma-26B-A4B-it"
+MUCH = 10**9  # bytes of a download that is asked about first
 READY_MADE = "mlx-community/diffusiongemma-26B-A4B-it-4bit"
 
 Model = Annotated[
@@ -49,14 +50,33 @@ def load_model(name: str | None) -> tuple[DiffusionGemma, Processor]:
     return loaded
 
 
-def announce_download(source: str, revision: str | None, patterns: Sequence[str]) -> None:
-    """Say how much of a repository is going to be downloaded, if anything. Raises CheckpointError."""
-    from ..checkpoints.hub import bytes_to_download
+def announce_download(
+    source: str,
+    revision: str | None,
+    patterns: Sequence[str],
+    *,
+    yes: bool = False,
+    beside: Mapping[Path, int] | None = None,
+    kept: bool = True,
+) -> None:
+    """Say how much of a repository is going to be downloaded, if anything, and at a terminal ask whether many GB are.
+
+    yes: do not ask. beside: bytes that will be written elsewhere, by directory. kept: whether the whole download will
+    be on the disk at once. Raises CheckpointError, also where the disk has no room for it.
+    """
+    from ..checkpoints.hub import bytes_to_download, check_room
 
     count = bytes_to_download(source, revision, patterns)
-    if count:
-        size = f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-        typer.echo(f"To download: up to {size} of {source}", err=True)
+    if not count:
+        return
+    size = f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    typer.echo(f"To download: up to {size} of {source}", err=True)
+    if kept:
+        check_room(count, beside or {})
+    asked = count >= MUCH and not yes and sys.stdin.isatty() and sys.stderr.isatty()
+    if asked and not typer.confirm("Download it?", default=True, err=True):
+        typer.echo("mlx-dg: nothing was downloaded.", err=True)
+        raise typer.Exit(1)
 
 
 def default_model() -> str:

@@ -9,7 +9,7 @@ import typer
 
 from ..errors import PromptError
 from .common import Model, Seed, Steps, load_model
-from .text_files import read_text, replace_text, write_out
+from .text_files import check_replaceable, read_text, replace_text, write_out
 
 
 def edit(
@@ -27,6 +27,8 @@ def edit(
     from .. import edit as edit_text
     from ..filling.editing import unified_diff
 
+    if write:
+        check_replaceable(file)
     text = read_text(file)
     span = _span(text, lines)
     options = GenerationOptions(max_steps=steps, seed=seed)

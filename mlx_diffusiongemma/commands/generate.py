@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +13,6 @@ from ..errors import PromptError
 from .common import LiveCanvas, MaxTokens, Model, Seed, Steps, end_line, load_model
 
 if TYPE_CHECKING:
-    from ..events import Event
     from ..processing.processor import Processor, Prompt
 
 
@@ -50,6 +48,7 @@ def generate(
     live: LiveCanvas = None,
     heat: Annotated[bool, typer.Option("--heat", help="Colour drafted tokens by their entropy.")] = False,
     trace: Annotated[Path | None, typer.Option("--trace", help="Record every step in this file (see replay).")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Let --trace replace a file that is no trace.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON event a line.")] = False,
     temp: Annotated[float | None, typer.Option("--temp", hidden=True)] = None,
 ) -> None:
@@ -79,12 +78,15 @@ def generate(
         stop=tuple(stop or ()),
         seed=seed,
     ).filled_from(MODES[mode])
-    loaded, processor = load_model(model)
-    request = _request(processor, text, raw, system, image or [], video or [], thinking)
-    events: Iterable[Event] = stream(loaded, processor, request, options=options)
+    if force and not trace:
+        raise typer.BadParameter("--force is about the file of --trace, which is not given")
     with ExitStack() as stack:
-        if trace:
-            events = stack.enter_context(TraceWriter(trace)).watch(events)
+        writer = stack.enter_context(TraceWriter(trace, force=force)) if trace else None  # before the model is loaded
+        loaded, processor = load_model(model)
+        request = _request(processor, text, raw, system, image or [], video or [], thinking)
+        events = stream(loaded, processor, request, options=options)
+        if writer:
+            events = writer.watch(events)
         if as_json:
             for event in events:
                 typer.echo(event_json(event))

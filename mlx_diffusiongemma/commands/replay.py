@@ -19,27 +19,30 @@ def replay(
     entropy: Annotated[
         Path | None, typer.Option("--entropy", help="Write a picture of entropy by position and step instead (SVG).")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is no such picture.")] = False,
     live: LiveCanvas = None,
 ) -> None:
     """Play a recorded generation again, or draw it."""
-    from ..display.pictures import animated_gif, animated_svg, entropy_svg
+    from ..display.pictures import GIF, SVG, animated_gif, animated_svg, entropy_svg, write_svg
     from ..display.trace import read_trace
     from ..display.trace import replay as play_trace
+    from ..files import check_place
 
-    if not (svg or gif or entropy):
+    pictures = [(path, kind) for path, kind in ((svg, SVG), (entropy, SVG), (gif, GIF)) if path]
+    if not pictures:
         play_trace(trace, speed, live=live, heat=heat)
         end_line()
         return
+    if len({path.resolve() for path, _ in pictures}) < len(pictures):
+        raise typer.BadParameter("give every picture a path of its own")
+    for path, kind in pictures:  # before the first is drawn
+        check_place(path, kind, force=force, inputs=[trace])
     steps = read_trace(trace)
     if svg:
-        _write(svg, animated_svg(steps))
+        write_svg(animated_svg(steps), svg, force=force, inputs=[trace])
     if entropy:
-        _write(entropy, entropy_svg(steps))
+        write_svg(entropy_svg(steps), entropy, force=force, inputs=[trace])
     if gif:
-        animated_gif(steps, gif)
-        typer.echo(gif)
-
-
-def _write(path: Path, content: str) -> None:
-    path.write_text(content, encoding="utf-8")
-    typer.echo(path)
+        animated_gif(steps, gif, force=force, inputs=[trace])
+    for path, _ in pictures:
+        typer.echo(path)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import stat
 import sys
-import tempfile
 from pathlib import Path
 
 from ..errors import PromptError
+from ..files import WholeFile, look
 
 
 def read_text(path: str) -> str:
@@ -33,19 +33,22 @@ def replace_text(path: str, before: str, after: str) -> None:
 
     Raises PromptError, and leaves the file as it is, where it has changed meanwhile or cannot be written.
     """
-    target = Path(path).resolve()
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=f".{target.name}.", delete=False) as file:
-            new = Path(file.name)
+        with WholeFile(Path(path)) as file:
             file.write(after.encode("utf-8"))
+            if Path(path).read_bytes() != before.encode("utf-8"):
+                raise PromptError(
+                    f"{path} has changed since it was read; it is left as it is, so run the command again."
+                )
     except OSError as error:
         raise PromptError(f"{path} cannot be written ({error.strerror}); it is unchanged.") from None
+
+
+def check_replaceable(path: str) -> None:
+    """Make sure, before the work, that `replace_text` may replace the file at `path`. Raises PromptError."""
     try:
-        new.chmod(target.stat().st_mode)
-        if target.read_bytes() != before.encode("utf-8"):
-            raise PromptError(f"{path} has changed since it was read; it is left as it is, so run the command again.")
-        os.replace(new, target)
+        replaced = look(Path(path))
     except OSError as error:
-        raise PromptError(f"{path} cannot be written ({error.strerror}); it is unchanged.") from None
-    finally:
-        new.unlink(missing_ok=True)
+        raise PromptError(f"{path} cannot be written ({error.strerror}); change that, or leave --write out.") from None
+    if path == "-" or (replaced and not stat.S_ISREG(replaced.st_mode)):
+        raise PromptError(f"{path} is no file that could be replaced; leave --write out, or give one.")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from xml.sax.saxutils import escape
 
 from ..errors import PromptError
 from ..events import Commit, Draft
+from ..files import Kind, write_file
 from .cells import Row, break_rows, clusters, printable
 from .terminal import draft_spans
 from .trace import Traced
@@ -42,7 +44,21 @@ FONTS = (
 SHADES = 16  # of each color, down to the background, for smooth letters in a GIF
 MAP_WIDTH, MAP_STEP = 768, 10  # of the map: its cells together, and the height of a step
 GUTTER, HEADING, AXIS, LEGEND = 48, 26, 34, 44
+# How files begin that a picture may replace.
+GIF_BEGINS = re.compile(rb"GIF8[79]a")
+SVG_BEGINS = re.compile(rb"(?:\xef\xbb\xbf)?(?:\s|<\?xml.*?\?>|<!--.*?-->|<!DOCTYPE svg[^>]*>)*<svg[\s>]", re.DOTALL)
 NO_DRAFTS = "The trace has no drafts, so there is nothing to draw; trace a whole request."
+
+
+def _begins(pattern: re.Pattern[bytes]) -> Callable[[Path], bool]:
+    def is_one(path: Path) -> bool:
+        with path.open("rb") as file:
+            return pattern.match(file.read(4096)) is not None
+
+    return is_one
+
+
+GIF, SVG = Kind("a GIF", _begins(GIF_BEGINS)), Kind("an SVG picture", _begins(SVG_BEGINS))
 
 
 @dataclass(frozen=True)
@@ -75,10 +91,19 @@ def animated_svg(trace: list[Traced], columns: int = COLUMNS) -> str:
     )
 
 
-def animated_gif(trace: list[Traced], path: str | Path, columns: int = COLUMNS, font: str | Path | None = None) -> None:
+def animated_gif(
+    trace: list[Traced],
+    path: str | Path,
+    columns: int = COLUMNS,
+    font: str | Path | None = None,
+    *,
+    force: bool = False,
+    inputs: Sequence[str | Path] = (),
+) -> None:
     """Write the animation of `animated_svg` as a GIF, for places that show no SVG.
 
-    font: a TrueType font file, instead of the system's. Characters that no font has are drawn as boxes.
+    font: a TrueType font file, instead of the system's. Characters that no font has are drawn as boxes. force: replace
+    a file that is no GIF, too. inputs: files that are being read, which it never replaces.
     Raises PromptError where there are no drafts, or the font or the file cannot be used.
     """
     from PIL import Image, ImageDraw
@@ -97,10 +122,18 @@ def animated_gif(trace: list[Traced], path: str | Path, columns: int = COLUMNS, 
             pen.row(draw, row, MARGIN + LINE_HEIGHT * number)
         images.append(image.quantize(palette=palette, dither=Image.Dither.NONE))
     durations = [round(frame.seconds * 1000) for frame in frames]
-    try:
-        images[0].save(path, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
-    except OSError as error:
-        raise PromptError(f"The GIF cannot be written to {path} ({error.strerror}); give another path.") from None
+    with write_file(path, GIF, force=force, inputs=inputs) as file:
+        images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
+
+
+def write_svg(svg: str, path: str | Path, *, force: bool = False, inputs: Sequence[str | Path] = ()) -> None:
+    """Write what `animated_svg` or `entropy_svg` drew to the file at `path`.
+
+    force: replace a file that is no SVG, too. inputs: files that are being read, which it never replaces.
+    Raises PromptError.
+    """
+    with write_file(path, SVG, force=force, inputs=inputs) as file:
+        file.write(svg.encode("utf-8"))
 
 
 def entropy_svg(trace: list[Traced]) -> str:

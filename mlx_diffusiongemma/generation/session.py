@@ -137,13 +137,14 @@ class ChatSession:
         with self._alone():
             self._become((), self.model.make_cache())
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write the conversation, with what the model has read of it, to the file at `path`, which appears when it is
-        whole. Tools and options are not part of it. Raises PromptError.
+        whole. Tools and options are not part of it. force: replace a file that is no saved session, too. Raises
+        PromptError.
         """
         with self._alone():
             conversation = {"system": self.system, "thinking": self.thinking, "messages": list(self._turns)}
-            write_session(path, self.model, conversation, self._read_so_far())
+            write_session(path, self.model, conversation, self._read_so_far(), force=force)
 
     def _read_so_far(self) -> Cache:
         """Copy the part of the cache that belongs to the conversation: nothing of turns that were undone, nor of the

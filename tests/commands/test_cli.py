@@ -128,6 +128,29 @@ def test_convert_writes_what_generate_uses(tmp_path):
     assert run("convert", "--hf-path", DEMO, "--mlx-path", "m", "-q", "--q-bits", 8, cwd=tmp_path).stdout == "m\n"
 
 
+def test_convert_says_how_to_go_on_and_what_it_makes(tmp_path):
+    done = run("convert", DEMO, tmp_path / "a b", cwd=tmp_path)
+    last = done.stderr.splitlines()[-1]
+    assert last == f"Next: mlx-dg generate --model '{tmp_path}/a b' \"Why is the sky blue?\""
+    plan = run("convert", DEMO, "--bits", 2, "--dry-run", "--set", "layers.0.*=8", cwd=tmp_path).stdout
+    assert "2 bits" in plan and "4-bit" not in plan and "layers.0.* at 8 bits" in plan
+    assert "4-bit experts" in run("convert", DEMO, "--dry-run", cwd=tmp_path).stdout
+    mode = run("convert", DEMO, "--mode", "mxfp8", "--dry-run", cwd=tmp_path).stdout
+    assert "in mxfp8" in mode and "4-bit" not in mode
+    existing = run("convert", DEMO, "a b", "--dry-run", cwd=tmp_path)
+    assert existing.returncode == 1 and "exists already" in existing.stderr and "302 tensors" in existing.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--revision", "main"], ["--stream"], ["-d", "--group-size", "32"], ["-d", "--recipe", "small"], ["--force"]],
+)
+def test_convert_refuses_what_it_would_ignore(tmp_path, arguments):
+    for dry in ([], ["--dry-run"]):
+        done = run("convert", DEMO, tmp_path / "out", *arguments, *dry)
+        assert (done.returncode, done.stdout) == (2, "") and list(tmp_path.iterdir()) == []
+
+
 def test_demo_needs_no_network(tmp_path):
     done = run("demo", "--seed", 1, HOME=str(tmp_path))
     assert done.returncode == 0

@@ -143,11 +143,11 @@ def test_a_file_of_another_model_or_version_is_refused(chat, saved, demo_float32
 
 def test_what_cannot_be_saved_is_one_sentence(chat, tmp_path):
     chat.ask("sort 97")
-    with pytest.raises(PromptError, match="cannot be saved to"):
+    with pytest.raises(PromptError, match="cannot be written to"):
         chat.save(tmp_path / "missing" / "chat")
     taken = tmp_path / "taken"
     taken.mkdir()
-    with pytest.raises(PromptError, match="cannot be saved to"):
+    with pytest.raises(PromptError, match="cannot be written to"):
         chat.save(taken)
     assert list(tmp_path.iterdir()) == [taken]
     assert chat.ask("sort 53142").finish_reason == "stop"

@@ -27,7 +27,7 @@ HELP = """\
 /think        let the model think first, or stop that
 /undo         forget the last turn
 /reset        forget all turns
-/save PATH    write the conversation to a file
+/save PATH    write the conversation to a file; /save --force PATH to one that is something else
 /load PATH    go on with the conversation in a file
 /quit         leave, as Ctrl-D does
 Esc Enter begins a new line; Ctrl-C stops a reply, and its turn is forgotten; // begins a message with a slash."""
@@ -189,7 +189,9 @@ class _Chat:
         _say("All turns are forgotten.")
 
     def _save(self, path: str) -> None:
-        self.session.save(user_path(_unquoted(path, "/save")))
+        force, _, rest = path.partition(" ")
+        path = rest.strip() if force == "--force" else path
+        self.session.save(user_path(_unquoted(path, "/save")), force=force == "--force")
         _say("Saved.")
 
     def _load(self, path: str) -> None:
