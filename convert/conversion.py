@@ -200,7 +200,9 @@ def find_source(source: str | Path, revision: str | None = None, *, stream: bool
 
 
 def _downloaded(source: Source) -> Source:
-    """`source` with its weights on this disk. Raises CheckpointError."""
+    """Download the weights of `source`, where it is a repository. Raises CheckpointError."""
+    if source.repository is None:
+        return source
     directory = download(source.repository, source.commit)
     return replace(source, directory=directory, entries=read_checkpoint_headers(directory), is_here=True)
 

@@ -146,9 +146,10 @@ def open_file(path: str | Path, kind: Kind, *, force: bool = False, inputs: Sequ
 @contextlib.contextmanager
 def explained(path: str | Path, kind: Kind, *errors: type[Exception]) -> Iterator[None]:
     """Raise PromptError for OSError and other `errors` that keep a file of `kind` from being written at `path`."""
+    kinds: tuple[type[Exception], ...] = (OSError, *errors)
     try:
         yield
-    except (OSError, *errors) as error:
+    except kinds as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         name = kind.name.partition(" ")[2]  # without its article
         raise PromptError(f"The {name} cannot be written to {path} ({reason}); give another path.") from None

@@ -185,7 +185,7 @@ def _read_record(path: Path) -> dict[str, Any] | None:
 
 def _is_whole(path: Path, record: dict[str, Any]) -> bool:
     try:
-        return file_sha256(path) == record["sha256"]
+        return bool(file_sha256(path) == record["sha256"])
     except OSError:
         return False
 

@@ -111,7 +111,7 @@ def convert(
     if dry_run:
         typer.echo(plan_conversion(source, **settings).render())
     further = check_calibration(source, prompts, revision=revision) if prompts else 0
-    how = {"allow_nan": allow_nan, "stream": stream, "restart": restart}
+    how: dict[str, Any] = {"allow_nan": allow_nan, "stream": stream, "restart": restart}
     plan = check_conversion(source, out, **settings, **how, further_bytes=further)
     if dry_run:
         return

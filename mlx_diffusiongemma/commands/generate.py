@@ -84,7 +84,7 @@ def generate(
         writer = stack.enter_context(TraceWriter(trace, force=force)) if trace else None  # before the model is loaded
         loaded, processor = load_model(model)
         request = _request(processor, text, raw, system, image or [], video or [], thinking)
-        events = stream(loaded, processor, request, options=options)
+        events: Iterable[Event] = stream(loaded, processor, request, options=options)
         if writer:
             events = writer.watch(events)
         if as_json:

@@ -118,7 +118,7 @@ def _is_session(path: Path) -> bool:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length) if length <= path.stat().st_size else b""
     try:
-        return json.loads(header)["__metadata__"]["kind"] == KIND
+        return bool(json.loads(header)["__metadata__"]["kind"] == KIND)
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
