@@ -13,6 +13,9 @@ from ..errors import PromptError
 from .common import LiveCanvas, MaxTokens, Model, Seed, Steps, end_line, load_model
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ..events import Event
     from ..processing.processor import Processor, Prompt
 
 
