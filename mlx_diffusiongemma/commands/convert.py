@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ..convert import RECIPES
-from .common import OFFICIAL, announce_download
+from .common import OFFICIAL, announce_download, notice, one_of
 
 BUILT_IN = "default"  # calibration prompts
 EPILOG = "Recipes, with their size for the published model: " + "\n\n".join(
@@ -25,25 +25,46 @@ EPILOG = "Recipes, with their size for the published model: " + "\n\n".join(
 
 
 def convert(
-    source: Annotated[str | None, typer.Argument(help=f"A directory or Hugging Face repository [{OFFICIAL}].")] = None,
-    out: Annotated[Path | None, typer.Argument(help="A new directory [./NAME-4bit].")] = None,
+    source: Annotated[
+        str | None, typer.Argument(metavar="SOURCE", help=f"A directory or Hugging Face repository [{OFFICIAL}].")
+    ] = None,
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="A new directory [./NAME-4bit].")] = None,
     q4: Annotated[bool, typer.Option("--q4", help="4 bits.")] = False,
     q8: Annotated[bool, typer.Option("--q8", help="8 bits.")] = False,
-    bits: Annotated[int | None, typer.Option("--bits", "--q-bits", help="2, 3, 4, 5, 6 or 8 bits.")] = None,
-    group_size: Annotated[
-        int | None, typer.Option("--group-size", "--q-group-size", help="Weights per scale: 32, 64 or 128.")
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            "--bits", "--q-bits", metavar="N", parser=one_of(2, 3, 4, 5, 6, 8), help="2, 3, 4, 5, 6 or 8 bits."
+        ),
     ] = None,
-    mode: Annotated[str, typer.Option("--mode", "--q-mode", help="affine, mxfp4, mxfp8 or nvfp4.")] = "affine",
-    recipe: Annotated[str, typer.Option("--recipe", help="What gets how many bits; see below.")] = "community",
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            "--group-size",
+            "--q-group-size",
+            metavar="N",
+            parser=one_of(16, 32, 64, 128),
+            help="Weights per scale: 32, 64 or 128; 16 with nvfp4.",
+        ),
+    ] = None,
+    mode: Annotated[
+        str, typer.Option("--mode", "--q-mode", metavar="MODE", help="affine, mxfp4, mxfp8 or nvfp4.")
+    ] = "affine",
+    recipe: Annotated[
+        str, typer.Option("--recipe", metavar="NAME", help="What gets how many bits; see below.")
+    ] = "community",
     set_bits: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="PATTERN=BITS", help="Bits, a mode or none for some modules: 'layers.0.*=8'."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="bfloat16, float16 or float32, for what is not quantized.")
+        str | None,
+        typer.Option("--dtype", metavar="TYPE", help="bfloat16, float16 or float32, for what is not quantized."),
     ] = None,
     dequantize: Annotated[bool, typer.Option("-d", "--dequantize", help="Quantize nothing.")] = False,
-    revision: Annotated[str | None, typer.Option("--revision", help="Of the repository.")] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="NAME", help="A branch, tag or commit of the repository.")
+    ] = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Download, convert and delete one file of the repository at a time.")
     ] = False,
@@ -57,13 +78,20 @@ def convert(
             help="Compare with the unquantized model on a file of prompts, one per line, or the built-in ones.",
         ),
     ] = None,
-    upload: Annotated[str | None, typer.Option("--upload", "--upload-repo", help="Then upload it here.")] = None,
+    upload: Annotated[
+        str | None, typer.Option("--upload", "--upload-repo", metavar="REPO", help="Then upload it here.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Upload into a repository that has files.")] = False,
-    hf_path: Annotated[str | None, typer.Option("--hf-path", help="mlx-lm's spelling of SOURCE.")] = None,
-    mlx_path: Annotated[Path | None, typer.Option("--mlx-path", help="mlx-lm's spelling of OUT.")] = None,
+    hf_path: Annotated[
+        str | None, typer.Option("--hf-path", metavar="SOURCE", help="mlx-lm's spelling of SOURCE.")
+    ] = None,
+    mlx_path: Annotated[
+        Path | None, typer.Option("--mlx-path", metavar="OUT", help="mlx-lm's spelling of OUT.")
+    ] = None,
     quantize: Annotated[bool, typer.Option("-q", "--quantize", help="mlx-lm's spelling of the default.")] = False,
 ) -> None:
     """Turn a published checkpoint into quantized MLX arrays, in little memory."""
+    from ..checkpoints.remembered import remember
     from ..convert import convert_checkpoint, plan_conversion, upload_checkpoint
     from ..convert.reading.remote import WHOLE
 
@@ -88,6 +116,7 @@ def convert(
     announce_download(source, revision, WHOLE)
     with _progress("converting") as progress:
         report = convert_checkpoint(source, out, **settings, allow_nan=allow_nan, stream=stream, progress=progress)
+    remember(out, notice)
     typer.echo(report.render(), err=True)
     if calibrate:
         _calibrate(out, source, calibrate, revision)
