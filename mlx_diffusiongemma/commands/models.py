@@ -83,7 +83,7 @@ def remove(
     if files:
         size = _size(sum(file.stat().st_size for file in files))
         if not yes:
-            if not sys.stdin.isatty():
+            if not can_ask():
                 raise typer.BadParameter("give --yes where nobody can be asked.", param_hint="'--yes'")
             count = f"{len(files)} file{'s' * (len(files) != 1)}"
             if not typer.confirm(f"Delete {count}, {size}, of {model.source}?", err=True):
@@ -93,6 +93,11 @@ def remove(
         typer.echo(f"Deleted {size} of {model.source}.", err=True)
     forget(model.name)
     typer.echo(f"{model.name} is forgotten.", err=True)
+
+
+def can_ask() -> bool:
+    """Whether there is somebody to answer a question."""
+    return sys.stdin.isatty()
 
 
 def _row(model: Remembered) -> tuple[str, str, str, str, str]:
