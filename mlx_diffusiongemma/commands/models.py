@@ -120,9 +120,9 @@ def _recipe(checkpoint: Checkpoint) -> str:
     quantization = checkpoint.config.quantization
     if quantization is None:
         return "unquantized"
-    kind = f"{quantization.default.bits}-bit"
-    if quantization.default.mode != "affine":
-        kind = quantization.default.mode
+    kind = f"{quantization.bits}-bit"
+    if quantization.mode != "affine":
+        kind = quantization.mode
     report = checkpoint.directory / REPORT
     try:
         recipe = read_json(report).get("recipe") if report.is_file() else None
