@@ -28,6 +28,8 @@ def is_repository(source: str | Path) -> bool:
         return False
     name = str(source)
     is_name = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+    if path.is_file():
+        raise CheckpointError(f"{name} is a file; give the directory that it lies in.")
     if isinstance(source, Path) or path.exists() or not is_name:
         raise CheckpointError(f"There is no directory {name}; check the path, or give a repository as owner/name.")
     return True

@@ -8,19 +8,25 @@ from typing import Annotated
 
 import typer
 
-from .common import Model, announce_download, default_model, load_model
+from .common import Model, announce_download, load_model, named_model, whole
 
 
 def bench(
     model: Model = None,
-    steps: Annotated[str, typer.Option("--steps", help="Fixed amounts of work, comma-separated.")] = "8,16",
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", min=1, help="Most tokens per answer.")] = 512,
+    steps: Annotated[
+        str, typer.Option("--steps", metavar="N,N", help="Fixed amounts of work, comma-separated.")
+    ] = "8,16",
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", metavar="N", parser=whole(1), help="Most tokens per answer.")
+    ] = 512,
     against: Annotated[
         str | None,
-        typer.Option("--against", metavar="PATH|REPO", help="An autoregressive model for mlx-lm to run beside it."),
+        typer.Option("--against", metavar="NAME", help="An autoregressive model for mlx-lm to run beside it."),
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only what running needs, from shapes alone.")] = False,
-    context: Annotated[int, typer.Option("--context", min=1, help="Tokens of context for --plan.")] = 8192,
+    context: Annotated[
+        int, typer.Option("--context", metavar="N", parser=whole(1), help="Tokens of context for --plan.")
+    ] = 8192,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Measure this machine's ceilings, then where a denoising step's time goes and how fast replies come."""
@@ -31,7 +37,7 @@ def bench(
     from ..checkpoints.hub import is_repository
 
     if plan:
-        memory = plan_memory(model or default_model(), context)
+        memory = plan_memory(named_model(model), context)
         if as_json:
             typer.echo(json.dumps(asdict(memory)))
         else:
@@ -42,7 +48,7 @@ def bench(
     if against:
         from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
-        model = model or default_model()
+        model = named_model(model)
         is_repository(model)  # or it is something that only fails once the other has run
         announce_download(against, None, DEFAULT_ALLOW_PATTERNS)
         _log(f"the prompts' answers of {against}")

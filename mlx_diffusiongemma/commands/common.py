@@ -2,29 +2,163 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
+
+from ..errors import PromptError
 
 if TYPE_CHECKING:
     from ..model.diffusion_gemma import DiffusionGemma
+    from ..options import GenerationOptions
     from ..processing.processor import Processor
 
 OFFICIAL = "google/diffusiongemma-26B-A4B-it"
 MUCH = 10**9  # bytes of a download that is asked about first
 READY_MADE = "mlx-community/diffusiongemma-26B-A4B-it-4bit"
 
+
+class Verb(TyperCommand):
+    """A verb whose help names its arguments without their types in Python."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        for parameter in self.params:
+            if parameter.param_type_name == "argument":
+                vars(parameter)["display_type_rich"] = lambda ctx: None
+
+
+def whole(least: int, most: int | None = None) -> Callable[[object], int]:
+    """Make what reads a whole number of at least `least`, and at most `most`, from the command line; typer's own says
+    what is wrong in words of Python.
+    """
+
+    def read(given: object) -> int:
+        try:
+            number = int(str(given))
+        except ValueError:
+            number = least - 1
+        if number < least or (most is not None and number > most):
+            limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+            raise typer.BadParameter(f"{given} is not a whole number {limits}.")
+        return number
+
+    return read
+
+
+def number(least: float, most: float | None = None, above: bool = False) -> Callable[[object], float]:
+    """Make what reads a number of at least `least`, and at most `most`. above: it must be more than `least`."""
+
+    def read(given: object) -> float:
+        try:
+            value = float(str(given))
+        except ValueError:
+            value = math.nan
+        enough = value > least if above else value >= least
+        if not (enough and math.isfinite(value) and (most is None or value <= most)):
+            limits = f"above {least:g}" if above else f"of at least {least:g}"
+            raise typer.BadParameter(
+                f"{given} is not a number {limits if most is None else f'from {least:g} to {most:g}'}."
+            )
+        return value
+
+    return read
+
+
+def one_of(*numbers: int) -> Callable[[object], int]:
+    """Make what reads one of these whole numbers."""
+
+    def read(given: object) -> int:
+        if str(given).strip() not in map(str, numbers):
+            raise typer.BadParameter(f"{given} is none of {', '.join(map(str, numbers))}.")
+        return int(str(given))
+
+    return read
+
+
 Model = Annotated[
     str | None,
-    typer.Option("--model", metavar="PATH|REPO", help="A converted checkpoint; else the one last converted here."),
+    typer.Option(
+        "--model", metavar="NAME", help="A path, a hub repository or a name that `mlx-dg models` lists [the last used]."
+    ),
 ]
-Steps = Annotated[int | None, typer.Option("--steps", help="Most denoising steps per canvas [the checkpoint's].")]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", "-m", help="Most tokens to generate.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Makes a reply repeatable.")]
+Steps = Annotated[
+    int | None,
+    typer.Option("--steps", metavar="N", parser=whole(1), help="Most denoising steps per canvas [the checkpoint's]."),
+]
+MaxTokens = Annotated[
+    int, typer.Option("--max-tokens", "-m", metavar="N", parser=whole(1), help="Most tokens to generate.")
+]
+Mode = Annotated[str, typer.Option("--mode", metavar="MODE", help="reference or fast; other options win over it.")]
+EntropyBound = Annotated[
+    float | None,
+    typer.Option("--entropy-bound", metavar="X", parser=number(0), help="Nats accepted per step [the checkpoint's]."),
+]
+Confidence = Annotated[
+    float | None,
+    typer.Option(
+        "--confidence", metavar="X", parser=number(0), help="Mean entropy that ends a canvas, nats [the checkpoint's]."
+    ),
+]
+CanvasLength = Annotated[
+    int | None,
+    typer.Option("--canvas-length", metavar="N", parser=whole(1), help="Tokens per canvas [the checkpoint's]."),
+]
+Stop = Annotated[
+    list[str] | None, typer.Option("--stop", metavar="TEXT", help="Text that ends the reply; may be repeated.")
+]
+Tools = Annotated[
+    Path | None, typer.Option("--tools", metavar="FILE.py", help="Typed functions that it may ask you to run.")
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="N", parser=whole(0, 2**64 - 1), help="Makes a reply repeatable."),
+]
+System = Annotated[
+    str | None, typer.Option("--system", "--system-prompt", metavar="TEXT", help="Instructions for the model.")
+]
+Thinking = Annotated[bool, typer.Option("--thinking", help="Let the model think first.")]
 LiveCanvas = Annotated[bool | None, typer.Option("--canvas/--no-canvas", help="Draw the canvas while it denoises.")]
+Heat = Annotated[bool, typer.Option("--heat", help="Colour drafted tokens by their entropy.")]
+
+
+def _answered(name: str) -> Callable[[str | None], None]:
+    """Make what answers an option of other samplers in one sentence; without it there is nothing to do."""
+
+    def answer(given: str | None) -> None:
+        if given is not None:
+            raise PromptError(OF_OTHER_SAMPLERS.format(name=name, instead="--entropy-bound"))
+
+    return answer
+
+
+def _sampler_option(name: str) -> Any:
+    return typer.Option(name, hidden=True, metavar="X", callback=_answered(name))
+
+
+OF_OTHER_SAMPLERS = (
+    "A denoising step's temperature follows the checkpoint's schedule (0.8 falling to 0.4) and its tokens are accepted "
+    "by their entropy, so {name} has no meaning here; leave it out, or change how much is accepted per step with "
+    "{instead}."
+)
+Temp = Annotated[str | None, _sampler_option("--temp")]
+Temperature = Annotated[str | None, _sampler_option("--temperature")]
+TopP = Annotated[str | None, _sampler_option("--top-p")]
+TopK = Annotated[str | None, _sampler_option("--top-k")]
+
+
+def chosen_mode(name: str) -> GenerationOptions:
+    """The settings that go by `name`. Raises typer.BadParameter where none do."""
+    from .. import MODES
+
+    if name not in MODES:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(MODES)}.", param_hint="'--mode'")
+    return MODES[name]
 
 
 def end_line() -> None:
@@ -34,20 +168,35 @@ def end_line() -> None:
 
 
 def load_model(name: str | None) -> tuple[DiffusionGemma, Processor]:
+    """Load the model that `--model` names, or the one to use without it, and remember it. Raises CheckpointError."""
     import warnings
 
     from .. import load
     from ..checkpoints.hub import CONVERTED
+    from ..checkpoints.remembered import remember
     from ..errors import MemoryWarning
 
-    name = name or default_model()
-    announce_download(name, None, CONVERTED)
+    source = named_model(name)
+    announce_download(source, None, CONVERTED)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MemoryWarning)
-        loaded = load(name)
+        loaded = load(source)
     for warning in caught:
-        typer.echo(f"mlx-dg: {warning.message}", err=True)
+        notice(str(warning.message))
+    remember(source, notice)
     return loaded
+
+
+def named_model(name: str | None) -> str:
+    """The directory or repository that `--model` names: a path, a name that `mlx-dg models` lists, or a repository."""
+    from ..checkpoints.remembered import source_of
+
+    return source_of(name) if name else default_model()
+
+
+def notice(sentence: str) -> None:
+    """Tell the user something that is no part of an answer."""
+    typer.echo(f"mlx-dg: {sentence}", err=True)
 
 
 def announce_download(
@@ -80,9 +229,15 @@ def announce_download(
 
 
 def default_model() -> str:
-    """The checkpoint that was last converted in this directory, else the ready-made one."""
+    """The model that was used or converted last, else what was converted in this directory, else the ready-made one."""
+    from ..checkpoints.remembered import last_used, remembered
     from ..convert.writing.hashes import REPORT
 
+    remembered(notice)  # a damaged list is said to be one
+    model = last_used()
+    if model:
+        typer.echo(f"Using {model.name} ({model.source})", err=True)
+        return model.source
     converted = list(Path().glob(f"*/{REPORT}"))
     if converted:
         newest = max(converted, key=lambda report: report.stat().st_mtime).parent

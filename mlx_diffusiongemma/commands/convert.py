@@ -12,7 +12,7 @@ import typer
 
 from ..convert import RECIPES
 from ..paths import user_path
-from .common import OFFICIAL, announce_download
+from .common import OFFICIAL, announce_download, notice, one_of
 
 BUILT_IN = "default"  # calibration prompts
 EPILOG = "Recipes, with their size for the published model: " + "\n\n".join(
@@ -27,25 +27,46 @@ EPILOG = "Recipes, with their size for the published model: " + "\n\n".join(
 
 
 def convert(
-    source: Annotated[str | None, typer.Argument(help=f"A directory or Hugging Face repository [{OFFICIAL}].")] = None,
-    out: Annotated[Path | None, typer.Argument(help="A new directory [./NAME-4bit].")] = None,
+    source: Annotated[
+        str | None, typer.Argument(metavar="SOURCE", help=f"A directory or Hugging Face repository [{OFFICIAL}].")
+    ] = None,
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="A new directory [./NAME-4bit].")] = None,
     q4: Annotated[bool, typer.Option("--q4", help="4 bits.")] = False,
     q8: Annotated[bool, typer.Option("--q8", help="8 bits.")] = False,
-    bits: Annotated[int | None, typer.Option("--bits", "--q-bits", help="2, 3, 4, 5, 6 or 8 bits.")] = None,
-    group_size: Annotated[
-        int | None, typer.Option("--group-size", "--q-group-size", help="Weights per scale: 32, 64 or 128.")
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            "--bits", "--q-bits", metavar="N", parser=one_of(2, 3, 4, 5, 6, 8), help="2, 3, 4, 5, 6 or 8 bits."
+        ),
     ] = None,
-    mode: Annotated[str, typer.Option("--mode", "--q-mode", help="affine, mxfp4, mxfp8 or nvfp4.")] = "affine",
-    recipe: Annotated[str, typer.Option("--recipe", help="What gets how many bits; see below.")] = "community",
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            "--group-size",
+            "--q-group-size",
+            metavar="N",
+            parser=one_of(16, 32, 64, 128),
+            help="Weights per scale: 32, 64 or 128; 16 with nvfp4.",
+        ),
+    ] = None,
+    mode: Annotated[
+        str, typer.Option("--mode", "--q-mode", metavar="MODE", help="affine, mxfp4, mxfp8 or nvfp4.")
+    ] = "affine",
+    recipe: Annotated[
+        str, typer.Option("--recipe", metavar="NAME", help="What gets how many bits; see below.")
+    ] = "community",
     set_bits: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="PATTERN=BITS", help="Bits, a mode or none for some modules: 'layers.0.*=8'."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="bfloat16, float16 or float32, for what is not quantized.")
+        str | None,
+        typer.Option("--dtype", metavar="TYPE", help="bfloat16, float16 or float32, for what is not quantized."),
     ] = None,
     dequantize: Annotated[bool, typer.Option("-d", "--dequantize", help="Quantize nothing.")] = False,
-    revision: Annotated[str | None, typer.Option("--revision", help="Of the repository.")] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="NAME", help="A branch, tag or commit of the repository.")
+    ] = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Download, convert and delete one file of the repository at a time.")
     ] = False,
@@ -59,18 +80,25 @@ def convert(
             help="Compare with the unquantized model on a file of prompts, one per line, or the built-in ones.",
         ),
     ] = None,
-    upload: Annotated[str | None, typer.Option("--upload", "--upload-repo", help="Then upload it here.")] = None,
+    upload: Annotated[
+        str | None, typer.Option("--upload", "--upload-repo", metavar="REPO", help="Then upload it here.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Upload into a repository that has files.")] = False,
     restart: Annotated[
         bool, typer.Option("--restart", help="Delete what a stopped conversion to OUT has finished.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Download without asking.")] = False,
-    hf_path: Annotated[str | None, typer.Option("--hf-path", help="mlx-lm's spelling of SOURCE.")] = None,
-    mlx_path: Annotated[Path | None, typer.Option("--mlx-path", help="mlx-lm's spelling of OUT.")] = None,
+    hf_path: Annotated[
+        str | None, typer.Option("--hf-path", metavar="SOURCE", help="mlx-lm's spelling of SOURCE.")
+    ] = None,
+    mlx_path: Annotated[
+        Path | None, typer.Option("--mlx-path", metavar="OUT", help="mlx-lm's spelling of OUT.")
+    ] = None,
     quantize: Annotated[bool, typer.Option("-q", "--quantize", help="mlx-lm's spelling of the default.")] = False,
 ) -> None:
     """Turn a published checkpoint into quantized MLX arrays, in little memory."""
     from ..checkpoints.hub import is_repository
+    from ..checkpoints.remembered import remember
     from ..convert import calibrate as measure
     from ..convert import (
         check_calibration,
@@ -119,6 +147,7 @@ def convert(
     announce_download(source, revision, WHOLE, yes=yes, beside=beside, kept=not stream)
     with _progress("converting") as progress, _kept(out):
         report = convert_checkpoint(source, out, **settings, **how, progress=progress, tell=_say)
+    remember(out, notice)
     _say(report.render())
     if prompts:
         _say(measure(out, source, prompts, revision=revision, stream=stream).render())

@@ -8,15 +8,18 @@ from typing import Annotated
 import typer
 
 from ..errors import PromptError
-from .common import Model, Seed, Steps, load_model
+from .common import Model, Seed, Steps, load_model, number
 from .text_files import check_replaceable, read_text, replace_text, write_out
 
 
 def edit(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A UTF-8 text file.")],
-    instruction: Annotated[str, typer.Argument(help="What to do with the lines.")],
+    instruction: Annotated[str, typer.Argument(metavar="INSTRUCTION", help="What to do with the lines.")],
     lines: Annotated[str, typer.Option("--lines", metavar="FIRST:LAST", help="The lines to rewrite, from 1.")],
-    strength: Annotated[float, typer.Option("--strength", help="0 keeps the lines, 1 starts from noise.")] = 0.7,
+    strength: Annotated[
+        float,
+        typer.Option("--strength", metavar="X", parser=number(0, 1), help="0 keeps the lines, 1 starts from noise."),
+    ] = 0.7,
     write: Annotated[bool, typer.Option("--write", help="Replace the file; else only the diff is printed.")] = False,
     model: Model = None,
     steps: Steps = None,

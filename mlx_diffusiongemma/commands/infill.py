@@ -7,16 +7,19 @@ from typing import Annotated
 import typer
 
 from ..errors import PromptError
-from .common import Model, Seed, Steps, load_model
+from .common import Model, Seed, Steps, load_model, whole
 from .text_files import read_text, write_out
 
 
 def infill(
     file: Annotated[str, typer.Argument(metavar="FILE|-", help="A UTF-8 text with holes; - reads stdin.")],
-    hole: Annotated[str, typer.Option("--hole", help="What marks a hole in the text.")] = "<FILL>",
-    tokens: Annotated[int, typer.Option("--tokens", help="Most tokens that a hole takes.")] = 32,
+    hole: Annotated[str, typer.Option("--hole", metavar="TEXT", help="What marks a hole in the text.")] = "<FILL>",
+    tokens: Annotated[
+        int, typer.Option("--tokens", metavar="N", parser=whole(1), help="Most tokens that a hole takes.")
+    ] = 32,
     instruction: Annotated[
-        str | None, typer.Option("--instruction", help="Ask for it in chat; else the text is continued as it is.")
+        str | None,
+        typer.Option("--instruction", metavar="TEXT", help="Ask for it in chat; else the text is continued as it is."),
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Try only that many tokens, not fewer.")] = False,
     model: Model = None,

@@ -7,17 +7,24 @@ from typing import Annotated
 
 import typer
 
-from .common import LiveCanvas, end_line
+from .common import LiveCanvas, end_line, number
 
 
 def replay(
-    trace: Annotated[Path, typer.Argument(help="A file that `mlx-dg generate --trace` or --json wrote.")],
-    speed: Annotated[float, typer.Option("--speed", help="2 plays twice as fast.")] = 1.0,
+    trace: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A file that `mlx-dg generate --trace` or --json wrote.")
+    ],
+    speed: Annotated[
+        float, typer.Option("--speed", metavar="X", parser=number(0, above=True), help="2 plays twice as fast.")
+    ] = 1.0,
     heat: Annotated[bool, typer.Option("--heat", help="Colour tokens by their entropy.")] = False,
-    svg: Annotated[Path | None, typer.Option("--svg", help="Write an animated SVG instead.")] = None,
-    gif: Annotated[Path | None, typer.Option("--gif", help="Write an animated GIF instead.")] = None,
+    svg: Annotated[Path | None, typer.Option("--svg", metavar="FILE", help="Write an animated SVG instead.")] = None,
+    gif: Annotated[Path | None, typer.Option("--gif", metavar="FILE", help="Write an animated GIF instead.")] = None,
     entropy: Annotated[
-        Path | None, typer.Option("--entropy", help="Write a picture of entropy by position and step instead (SVG).")
+        Path | None,
+        typer.Option(
+            "--entropy", metavar="FILE", help="Write a picture of entropy by position and step instead (SVG)."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is no such picture.")] = False,
     live: LiveCanvas = None,
