@@ -102,11 +102,11 @@ class _Verbs(TyperGroup):
             _fail("interrupted", 130)
         except BrokenPipeError:
             # Whoever read the answer has seen enough; the interpreter must not complain about it either.
-            sys.stdout = None  # type: ignore[assignment]
+            sys.stdout = None
             raise typer.Exit(0) from None
         except OSError as error:
             if error.filename is None:  # what cannot be written cannot be written at the exit either
-                sys.stdout = None  # type: ignore[assignment]
+                sys.stdout = None
             _fail(_sentence(error), 1)
 
 

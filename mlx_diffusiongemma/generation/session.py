@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BusyError, PromptError
 from ..events import Commit, Done, Event, Result, ToolCall
+from ..options import GenerationOptions
 from ..processing.tools import DEEPEST
 from .prefix import rewind_to_common
 from .replying import collect, stream
@@ -20,7 +21,6 @@ from .session_file import read_session, write_session
 if TYPE_CHECKING:
     from ..model.cache import Cache
     from ..model.diffusion_gemma import DiffusionGemma
-    from ..options import GenerationOptions
     from ..processing.images import ImageSource, PreparedImage, PreparedVideo, VideoSource
     from ..processing.processor import Processor, Prompt
     from ..processing.tools import Tool
@@ -51,7 +51,8 @@ class ChatSession:
         allow_urls: bool = False,
     ) -> None:
         self.model, self.processor = model, processor
-        self.system, self.tools, self.thinking, self.options = system, tools, thinking, options
+        self.system, self.tools, self.thinking = system, tools, thinking
+        self.options = GenerationOptions() if options is None else options
         self.allow_files, self.allow_urls = allow_files, allow_urls
         self._turns: tuple[dict[str, Any], ...] = ()
         self._cache = model.make_cache()

@@ -45,7 +45,7 @@ class Turns:
                 if done.finish_reason == "cancelled" or not self.session.tool_calls:
                     break
                 results = [self._answer(call) for call in self.session.tool_calls]
-                done = self._show(lambda cancel, given=results: self.session.send_tool_results(given, cancel=cancel))
+                done = self._show(self._with_results(results))
             if self.session.tool_calls and done.finish_reason != "cancelled":
                 raise PromptError(f"The model called tools {MOST_CALLS} times in a row; ask in another way.")
             if done.finish_reason == "cancelled":
@@ -57,6 +57,9 @@ class Turns:
         finally:
             if self.session.tool_calls and len(self.session.messages) > turns:
                 self.session.undo()
+
+    def _with_results(self, results: list[Any]) -> Send:
+        return lambda cancel: self.session.send_tool_results(results, cancel=cancel)
 
     def _show(self, send: Send) -> Done:
         from ...display.terminal import show, statistics_line
