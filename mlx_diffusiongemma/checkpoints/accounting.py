@@ -1,4 +1,4 @@
-"""What a model needs, computed from its configuration: the bytes to hold it, a prefix and a step.
+"""The memory that a model needs, computed from its configuration: for its weights, a prefix and a step.
 
 Shapes alone decide; nothing is loaded. Sizes are bytes, `item` is the bytes of one activation (2 in bfloat16).
 """
@@ -75,7 +75,7 @@ def step_bytes(config: ModelConfig, context: int, item: int = 2) -> int:
 
 
 def batch_bytes(config: ModelConfig, contexts: Sequence[int], item: int = 2) -> int:
-    """Of several replies in flight, beside the weights: each one's cache, and a step of all canvases together.
+    """Bytes for several replies in flight, beside the weights: each one's cache, and a step of all canvases together.
 
     contexts: for each reply, the most tokens that it will follow.
     """
@@ -84,20 +84,21 @@ def batch_bytes(config: ModelConfig, contexts: Sequence[int], item: int = 2) -> 
 
 
 def rows_at_once(text: TextConfig, canvas: int, context: int, most: int, item: int = 2) -> int:
-    """How many of `most` canvases of so many tokens, after one prefix of `context`, keep to ROWS_BUDGET; at least 1."""
+    """The number of canvases, 1 to `most`, that fit in ROWS_BUDGET: of `canvas` tokens, after a prefix of `context`."""
     return max(rows for rows in range(1, most + 1) if rows_bytes(text, canvas, context, rows, item) <= ROWS_BUDGET)
 
 
 def rows_after(cache: Cache, most: int) -> int:
-    """How many of `most` canvases after the one prefix in `cache` can be computed at once: what ROWS_BUDGET allows."""
+    """The number of canvases, 1 to `most`, that ROWS_BUDGET lets be computed at once after the prefix in `cache`."""
     item = max((array.itemsize for array in cache.arrays), default=2)
     return rows_at_once(cache.config, cache.keep, cache.offset, most, item)
 
 
 def rows_bytes(text: TextConfig, canvas: int, context: int, rows: int, item: int = 2) -> int:
-    """What computing `rows` canvases at once after one prefix takes beyond what one takes: nothing for one, which is
-    written behind the prefix itself; for more, each one's copy of the prefix that it sees, one layer's keys once more,
-    which attention copies in passing, and the larger step.
+    """Bytes that computing `rows` canvases at once after one prefix takes beyond what one canvas takes.
+
+    Nothing for one, which is written behind the prefix itself; for more, each one's copy of the prefix that it sees,
+    one layer's keys once more, which attention copies in passing, and the larger step.
     """
     if rows == 1:
         return 0
@@ -110,7 +111,7 @@ def rows_bytes(text: TextConfig, canvas: int, context: int, rows: int, item: int
 
 
 def snapshot_bytes(config: ModelConfig, context: int, item: int = 2) -> int:
-    """Of a kept cache's way back to an earlier prompt: what its sliding layers held then, beside what they hold now."""
+    """Bytes of a kept cache's way back to an earlier prompt: what its sliding layers held then, beside those of now."""
     return sum(
         2 * item * layer.num_key_value_heads * layer.head_dim * _capacity(layer, config, context)
         for layer in config.text.layers

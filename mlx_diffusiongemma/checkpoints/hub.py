@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -57,9 +58,9 @@ def bytes_to_download(source: str | Path, revision: str | None, patterns: Sequen
     from huggingface_hub.utils import filter_repo_objects
 
     name = str(source)
-    asked = {"revision": revision, "timeout": ANSWER_SECONDS, "files_metadata": True}
+    ask = partial(HfApi().model_info, name, revision=revision, timeout=ANSWER_SECONDS, files_metadata=True)
     try:
-        info = reaching(name, lambda: HfApi().model_info(name, **asked))
+        info = reaching(name, ask)
     except CheckpointError:
         return 0
     files = filter_repo_objects(info.siblings or [], allow_patterns=list(patterns), key=lambda file: file.rfilename)
@@ -89,7 +90,7 @@ def check_room(nbytes: int, beside: Mapping[Path, int]) -> None:
 
 
 def reaching(repository: str, action: Callable[[], T]) -> T:
-    """What `action` returns; its failures, which concern `repository`, as CheckpointErrors of one sentence."""
+    """Return what `action` does; its failures, which concern `repository`, are CheckpointErrors of one sentence."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HfHubHTTPError,
@@ -102,7 +103,7 @@ def reaching(repository: str, action: Callable[[], T]) -> T:
     )
 
     # The errors of the hub client's own transport, whose name differs between its versions.
-    transport = HfHubHTTPError.__mro__[1]
+    transport: type[BaseException] = HfHubHTTPError.__mro__[1]
     try:
         return action()
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:

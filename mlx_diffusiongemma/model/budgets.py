@@ -1,4 +1,4 @@
-"""What the model keeps to while it computes: bytes, tokens and canvases that exist at once."""
+"""Limits that the model keeps to while it computes: bytes, tokens and canvases that exist at once."""
 
 from __future__ import annotations
 
