@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .filling.forms import Choice, Digits, Form, Text, fill
     from .filling.infilling import Hole, Infilled, infill
     from .filling.search import Attempt
+    from .generation.asynchronous import agenerate, astream
     from .generation.batch import generate_batch
     from .generation.canvas import Canvas
     from .generation.replying import collect, generate, stream
@@ -51,6 +52,7 @@ _HOMES = {
     "processing.processor": ("Processor", "Prompt"),
     "checkpoints.loading": ("load",),
     "generation.canvas": ("Canvas",),
+    "generation.asynchronous": ("agenerate", "astream"),
     "generation.batch": ("generate_batch",),
     "generation.replying": ("collect", "generate", "stream"),
     "generation.session": ("ChatSession",),
@@ -96,6 +98,8 @@ __all__ = [
     "Text",
     "ToolCall",
     "__version__",
+    "agenerate",
+    "astream",
     "choose",
     "collect",
     "edit",

@@ -15,13 +15,13 @@ import mlx.core as mx
 import pytest
 
 from mlx_diffusiongemma import ChatSession, PromptError, files, load
+from mlx_diffusiongemma.checkpoints.session_file import KIND, SESSION
 from mlx_diffusiongemma.commands import text_files
 from mlx_diffusiongemma.convert.writing.partial import write_json
 from mlx_diffusiongemma.display.pictures import GIF, SVG, animated_gif, write_svg
 from mlx_diffusiongemma.display.trace import TRACE, TraceWriter, read_trace
 from mlx_diffusiongemma.events import Commit, Draft, Prefill
 from mlx_diffusiongemma.files import Kind, check_place, write_file, write_whole
-from mlx_diffusiongemma.generation.session_file import KIND, SESSION
 
 ANY = Kind("a file", lambda path: True)
 SVG_TEXT = "<svg></svg>\n"

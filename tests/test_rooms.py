@@ -31,6 +31,7 @@ LAYERS = [
     {"benchmark"},
     {"commands"},
     {"cli"},
+    {"freezing"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MOST_LINES, MOST_MODULES = 400, 12

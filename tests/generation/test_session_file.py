@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from mlx_diffusiongemma import ChatSession, CheckpointError, GenerationOptions, PromptError, collect, load
+from mlx_diffusiongemma.checkpoints import session_file
 from mlx_diffusiongemma.checkpoints.safetensors import write_header
-from mlx_diffusiongemma.generation import session_file
-from mlx_diffusiongemma.generation.session_file import read_session, write_session
+from mlx_diffusiongemma.checkpoints.session_file import read_session, write_session
 
 OPTIONS = GenerationOptions(seed=0, max_tokens=128, max_steps=8)
 

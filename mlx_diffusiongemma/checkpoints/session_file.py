@@ -148,7 +148,7 @@ def fingerprint(model: DiffusionGemma) -> str:
 
 def _read(path: Path) -> tuple[Arrays, dict[str, str]]:
     """Read the arrays, into memory, and the metadata of a safetensors file. Raises CheckpointError."""
-    from ..checkpoints.safetensors import read_header  # which looks closer than MLX's own reader
+    from .safetensors import read_header  # which looks closer than MLX's own reader
 
     try:
         read_header(path)
