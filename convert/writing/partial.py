@@ -22,7 +22,7 @@ DOWNLOADS = "source"  # inside OUT.partial: files of the source that are not con
 
 @dataclass(frozen=True)
 class Identity:
-    """Which conversion it is. fingerprint: equal where finished shards of one are what the other would write. about:
+    """The mark of a conversion. fingerprint: equal where finished shards of one are what the other would write. about:
     the same for a person who has forgotten it.
     """
 

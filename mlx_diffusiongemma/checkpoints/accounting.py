@@ -18,6 +18,7 @@ from ..model.budgets import (
     CACHE_GROWTH,
     GROUP,
     MEMBER_ROWS,
+    PREFILL_CHUNK,
     ROWS_BUDGET,
     SCORE_BUDGET,
     TOGETHER,
@@ -75,12 +76,15 @@ def step_bytes(config: ModelConfig, context: int, item: int = 2) -> int:
 
 
 def batch_bytes(config: ModelConfig, contexts: Sequence[int], item: int = 2) -> int:
-    """Bytes for several replies in flight, beside the weights: each one's cache, and a step of all canvases together.
+    """Add up several replies in flight, beside the weights: each one's cache, a step of all canvases together, and the
+    chunk of a newcomer's prompt that is encoded meanwhile.
 
     contexts: for each reply, the most tokens that it will follow.
     """
-    step = _step_bytes(config.text, len(contexts), config.canvas_length, max(contexts), item)
-    return sum(cache_bytes(config, context, item) for context in contexts) + step
+    text, longest = config.text, max(contexts)
+    step = _step_bytes(text, len(contexts), config.canvas_length, longest, item)
+    chunk = _layer_bytes(text, PREFILL_CHUNK, longest, item)
+    return sum(cache_bytes(config, context, item) for context in contexts) + step + chunk
 
 
 def rows_at_once(text: TextConfig, canvas: int, context: int, most: int, item: int = 2) -> int:
@@ -122,11 +126,13 @@ def snapshot_bytes(config: ModelConfig, context: int, item: int = 2) -> int:
 def _step_bytes(text: TextConfig, rows: int, canvas: int, context: int, item: int) -> int:
     """Of `rows` canvases at once."""
     tokens = rows * canvas
-    return max(
-        _attention_bytes(text, tokens, context + canvas, item),
-        item * tokens * text.top_k_experts * (2 * text.hidden_size + 3 * text.moe_intermediate_size),
-        _vocabulary_bytes(text, tokens, item),
-    )
+    return max(_layer_bytes(text, tokens, context + canvas, item), _vocabulary_bytes(text, tokens, item))
+
+
+def _layer_bytes(text: TextConfig, tokens: int, keys: int, item: int) -> int:
+    """The most that a layer holds while it computes so many tokens: in attention, or in its experts."""
+    experts = item * tokens * text.top_k_experts * (2 * text.hidden_size + 3 * text.moe_intermediate_size)
+    return max(_attention_bytes(text, tokens, keys, item), experts)
 
 
 def visible_tokens(layer: LayerConfig, text: TextConfig, context: int) -> int:

@@ -98,7 +98,7 @@ def find(name: str) -> Remembered:
 
 
 def source_of(name: str) -> str:
-    """What to load for `name`: a directory that is there, else the remembered model of that name, else `name`."""
+    """Find what to load for `name`: a directory that is there, else the remembered model of that name, else `name`."""
     if not user_path(name).exists():
         for model in remembered():
             if name == model.name:

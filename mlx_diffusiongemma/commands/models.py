@@ -1,4 +1,4 @@
-"""mlx-dg models: what was converted or used, and removing it."""
+"""The verb `mlx-dg models`: what was converted or used, and removing it."""
 
 from __future__ import annotations
 

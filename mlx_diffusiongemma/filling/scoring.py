@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ROWS = 8  # canvases in one forward pass
 POSITIONS = 32  # of which the logits over the whole vocabulary exist at once
-TURN, THOUGHT, EMPTY_THOUGHT = "<|turn>", "<|channel>", "<|channel>thought\n<channel|>"
+THOUGHT, EMPTY_THOUGHT = "<|channel>", "<|channel>thought\n<channel|>"
 
 
 class Probe(NamedTuple):
@@ -91,27 +91,26 @@ def reply_opening(
     processor: Processor,
     prompt: Prompt,
     cache: Cache,
-    canvases: list[list[int]],
+    length: int,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> list[int]:
     """The tokens of an empty thought where a reply to `prompt` (encoded in `cache`) begins with one, else none.
 
     Nothing in a checkpoint's files tells: some templates end the prompt with the block, some models write it by
-    themselves, and others reply at once. So the model is asked: what it puts first on `canvases` of noise decides. It
-    is asked once for all prompts that end alike, with the header of the reply's turn.
+    themselves, and others reply at once. So the model is asked: what it puts first on a canvas of noise, of so many
+    tokens and the same for all, decides. The cache remembers the answer for this prompt.
     Raises Cancelled, as `log_probabilities`.
     """
-    vocabulary = processor.tokenizer.get_vocab()
-    marker, turn = vocabulary.get(THOUGHT), vocabulary.get(TURN)
+    marker = processor.tokenizer.get_vocab().get(THOUGHT)
     block = processor.tokenizer.encode(EMPTY_THOUGHT, add_special_tokens=False)
     if marker is None or prompt.tokens[-len(block) :] == block:
         return []
-    turns = [place for place, token in enumerate(prompt.tokens) if token == turn]
-    header = tuple(prompt.tokens[turns[-1] :]) if turns else ()
-    if header not in processor.reply_openings:
-        values = log_probabilities(model, cache, [Probe(tuple(canvas), 0, marker) for canvas in canvases], cancelled)
-        processor.reply_openings[header] = log_mean(values) > math.log(0.5)
-    return block if processor.reply_openings[header] else []
+    asked = length, *cache.labels
+    if asked != cache.reply_opening[0]:
+        [canvas] = noise_canvases(0, 1, length, model.config.text.vocab_size)
+        [value] = log_probabilities(model, cache, [Probe(tuple(canvas), 0, marker)], cancelled)
+        cache.reply_opening = asked, value > math.log(0.5)
+    return block if cache.reply_opening[1] else []
 
 
 def log_mean(log_probabilities: Sequence[float]) -> float:

@@ -10,6 +10,8 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import mlx.core as mx
+
 from ..checkpoints.accounting import rows_after
 from ..checkpoints.memory import PeakMemory
 from ..errors import PromptError
@@ -88,7 +90,7 @@ class GapFiller:
         self.finish_reason: FinishReason = "stop"
         self.length, self.vocabulary = self.options.canvas_length, model.config.text.vocab_size
         self.noise = noise_canvases(self.options.seed, 1, self.length, self.vocabulary)[0]
-        self.cache = model.make_cache() if request.cache is None else request.cache
+        self.cache = model.make_cache(snapshot_bytes=0) if request.cache is None else request.cache
         self.encoded = 0  # tokens of the reply in the cache
         self.filled: list[list[int]] = []  # tokens of each gap
         self.attempts: list[Attempt] = []
@@ -131,7 +133,7 @@ class GapFiller:
         peak, started, prefilled = PeakMemory(), time.perf_counter(), None
         try:
             with nullcontext() if kept is None else kept.reserved():
-                self._read_prefix([])
+                self._read_prompt()
                 prefilled = time.perf_counter()
                 self._commit(*NOTHING)
                 self._fill()
@@ -156,16 +158,21 @@ class GapFiller:
         self.report(Done(self.finish_reason, self.stats, seed=self.options.seed))
         return self.stats
 
-    def _read_prefix(self, reply: list[int]) -> None:
-        """Make the cache hold the prompt and so much of the reply; what it has of them is not encoded again."""
-        prompt = self.request.prompt
-        whole = replace(prompt, tokens=[*prompt.tokens, *reply])
-        for number, done in enumerate(encode_prompt(self.model, self.cache, whole)):
-            if number == 0 and not reply:
+    def _read_prompt(self) -> None:
+        """Make the cache hold the prompt; what it has of it is not encoded again."""
+        total = len(self.request.prompt.tokens)
+        for number, done in enumerate(encode_prompt(self.model, self.cache, self.request.prompt)):
+            if number == 0:
                 self.stats = replace(self.stats, cached_tokens=done)
-            self.report(Prefill(done, len(whole.tokens)))
+            self.report(Prefill(done, total))
             self._check_cancelled()
-        self.encoded = len(reply)
+
+    def _encode(self, before: list[int]) -> None:
+        """Append so much of the reply to the cache, which keeps its way back to the prompt for the next request."""
+        if len(before) > self.encoded:
+            for _ in self.model.encode_chunks(mx.array([before[self.encoded :]]), self.cache):
+                self._check_cancelled()
+            self.encoded = len(before)
 
     def _check_cancelled(self) -> None:
         if self.request.cancelled:
@@ -174,7 +181,7 @@ class GapFiller:
     def _fill(self) -> None:
         if self.replies:
             opening = reply_opening(
-                self.model, self.processor, self.request.prompt, self.cache, [self.noise], self._is_cancelled
+                self.model, self.processor, self.request.prompt, self.cache, self.length, self._is_cancelled
             )
             self.segments.insert(0, opening)
         while any(isinstance(segment, Gap) for segment in self.segments):
@@ -188,9 +195,10 @@ class GapFiller:
         first = next(index for index, segment in enumerate(self.segments) if isinstance(segment, Gap))
         before = given_tokens(self.segments[:first])
         lead = self._lead(len(before), first)
-        if (reply := before[: len(before) - lead]) and len(reply) > self.encoded:
-            self._read_prefix(reply)
         window = self._window(first, self.length - lead)
+        if self._least_room(window) > self.options.max_tokens - sum(map(len, self.filled)):
+            raise Full
+        self._encode(before[: len(before) - lead])
         self.steps.append(0)
         self.canvas = self._search([before[len(before) - lead :], *window], lead)
         tokens = self.canvas.tokens
@@ -200,11 +208,24 @@ class GapFiller:
             ends = (place for place, token in enumerate(gap) if token in self.options.end_tokens)
             self.filled.append(gap[: next(ends, len(gap))])
             self.segments[index] = self.filled[-1]
-        made = len(self.steps) - 1, tokens[lead : self.canvas.end], self.steps[-1]
+        made = len(self.steps) - 1, tokens[lead : self._text_end(window, lead)], self.steps[-1]
         if self.at_once:
             self.unreported = made
         else:
             self._commit(*made)
+
+    def _least_room(self, window: Sequence[Segment]) -> int:
+        """The tokens that the gaps of a canvas take at least."""
+        return sum(min(len(own.tokens) for own in gap.fillings) for gap in window if isinstance(gap, Gap))
+
+    def _text_end(self, window: Sequence[Segment], lead: int) -> int:
+        """The place behind the text on the canvas that was filled: before its ending, and before an end token that the
+        model wrote into an open gap at the end.
+        """
+        whole = lead + sum(len(s) for s in window if not isinstance(s, Gap)) + sum(self.canvas.lengths)
+        if isinstance(window[-1], Gap) and self.ending is None:
+            whole -= self.canvas.lengths[-1] - len(self.filled[-1])
+        return min(whole, self.length)
 
     def _commit(self, canvas: int, tokens: list[int], steps: int, is_over: bool = False) -> None:
         """Report the text that has become certain; when all is over, that is everything."""
@@ -300,7 +321,7 @@ class GapFiller:
         starts = [lay_out(window, choices, self.length, ending) for choices in combinations]
         tried: list[tuple[GappedCanvas, Step | None]] = []
         for first in range(0, len(starts), TOGETHER):
-            tried += self._denoise(starts[first : first + TOGETHER], lead)
+            tried += self._denoise(starts[first : first + TOGETHER], lead, first)
         canvases = [canvas for canvas, _ in tried]
         surprises = self._surprises(canvases)
         number = len(self.steps) - 1
@@ -309,7 +330,7 @@ class GapFiller:
         self._draft(canvases[best], lead, tried[best][1])
         return combinations[best], canvases[best]
 
-    def _denoise(self, starts: list[GappedCanvas], lead: int) -> list[tuple[GappedCanvas, Step | None]]:
+    def _denoise(self, starts: list[GappedCanvas], lead: int, first: int) -> list[tuple[GappedCanvas, Step | None]]:
         """Run the canvases together. Once one is done, the others get as many steps again: what fits settles early.
 
         Returns each as it was last, with that step; None where nothing was open.
@@ -320,7 +341,7 @@ class GapFiller:
         number, attempt = len(self.steps) - 1, len(self.attempts)
         canvases = {
             Job(start.canvas, self.cache, Draws(self.options.seed, row, number, attempt)): start
-            for row, start in enumerate(starts)
+            for row, start in enumerate(starts, first)
         }
         restricted = any(ids is not None for start in starts for ids in start.allowed)
         allowed = {job: start.allowed for job, start in canvases.items()}
@@ -329,11 +350,12 @@ class GapFiller:
         # The longest begins alone: a first draft costs one canvas, however many are compared.
         waiting = sorted(canvases, key=lambda job: sum(canvases[job].lengths))
         run.add(waiting.pop())
+        taken = self.steps[-1]
         last = self.options.max_steps
         latest: dict[Job, Step] = {}
         with closing(run.steps()) as steps:
             for shown in steps:
-                self.steps[-1] += 1
+                self.steps[-1] = max(self.steps[-1], taken + max(step.number for step in shown))
                 self._check_cancelled()
                 latest |= {step.job: step for step in shown}
                 surest = min(shown, key=lambda step: sum(step.entropy))

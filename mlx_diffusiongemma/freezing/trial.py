@@ -1,4 +1,4 @@
-"""Which modules of other packages a program needs: those that a trial imports, whatever versions are installed."""
+"""Find the modules of other packages that a program needs: those that a trial imports, in any version."""
 
 from __future__ import annotations
 

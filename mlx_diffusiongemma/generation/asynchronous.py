@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import aclosing, closing
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,7 +38,7 @@ async def astream(
     max_tokens: int | None = None,
     seed: int | None = None,
     cancel: threading.Event | None = None,
-) -> AsyncIterator[Event]:
+) -> AsyncGenerator[Event, None]:
     """`stream` for `async for`: the same events, from a worker thread, while the event loop goes on.
 
     Requests to one model take turns, first come first served, whatever loop they come from; one that still waits can be
@@ -126,7 +126,7 @@ class _Over(NamedTuple):
 class _Request:
     """One reply to make, and the way its events take from the worker thread to the event loop that waits for them."""
 
-    def __init__(self, start: Callable[[], Iterator[Event]]) -> None:
+    def __init__(self, start: Callable[[], Generator[Event, None, None]]) -> None:
         self.start = start
         self.items: asyncio.Queue[Event | _Over] = asyncio.Queue()
         self.left = False  # nobody waits for it any more

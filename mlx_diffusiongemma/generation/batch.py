@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mlx.utils import tree_reduce
+import mlx.core as mx
 
 from ..checkpoints.accounting import batch_bytes
 from ..checkpoints.memory import usable_bytes
@@ -41,8 +41,8 @@ def generate_batch(
 
     `Result.index` is the place of its prompt, `Result.seed` the seed with which `generate` gives the same text. rows:
     most replies that are denoised together; fewer where memory does not allow as many. A prompt waits until a reply
-    ends. Setting `cancel`, or closing the iterator, stops all within one step. Raises PromptError before anything is
-    computed.
+    ends; pictures that it names by their paths have to stay till then. Setting `cancel`, or closing the iterator, stops
+    all within one step. Raises PromptError before anything is computed.
     """
     if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
         raise PromptError(f"A batch is a list of prompts, not a {type(prompts).__name__}; give a single one in a list.")
@@ -51,6 +51,7 @@ def generate_batch(
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise PromptError(f"rows is {rows!r}; give a whole number of at least 1.")
     settings = request_options(model, options, max_tokens, seed)
+    prompts = list(prompts)  # which the caller may change meanwhile
 
     def make(index: int) -> Request:
         own = replace(settings, seed=seed_of_row(settings.seed, index))
@@ -65,7 +66,8 @@ def generate_batch(
 def _results(
     model: DiffusionGemma, processor: Processor, requests: Iterator[Request], options: Settings, rows: int
 ) -> Iterator[Result]:
-    room = usable_bytes() - tree_reduce(lambda total, array: total + array.nbytes, model.parameters(), 0)
+    # Beside the weights, whatever else the process holds now: kept caches, or other requests.
+    room = usable_bytes() - mx.get_active_memory()
     item = model.dtype.size
     most = model.config.text.max_position_embeddings
 

@@ -84,6 +84,8 @@ class Denoising:
 
     def drop(self, leaving: Sequence[Job]) -> None:
         """Let canvases leave, whatever they are like; what they held beside their prefixes is freed."""
+        if not leaving:
+            return
         self._joining = [job for job in self._joining if job not in leaving]
         if self._pending:
             staying = [row for row, job in enumerate(self._pending.after.jobs) if job not in leaving]
@@ -107,26 +109,31 @@ class Denoising:
         """
         if self._pending is None:
             self._pending = self._dispatched(self._compute(self._newcomers()))
+            self._joining = []
         pending, newcomers = self._pending, self._newcomers()
         if pending is None:
             return []
         going = [row for row, number in enumerate(pending.after.numbers) if number < self.options.max_steps]
         following = self._compute(pending.after.rows(going) + newcomers)
         shown = pending.read(self.options.max_steps)
-        staying = [row for row, step in enumerate(shown) if not step.finished]
-        if len(staying) < len(shown):
-            # What was built may compute rows that are done: drop it, so that it holds no buffer, and build it anew.
+        staying = [row for row in going if not shown[row].finished]
+        if staying != going:
+            # That graph computes rows which are done: drop it, so that it holds no buffer, and build a smaller one.
             del following
             for state in (pending.after, *newcomers):
                 for job in state.jobs:
                     job.cache.release()
             following = self._compute(pending.after.rows(staying) + newcomers)
-        self._pending = self._dispatched(following)
+        self._pending, self._joining = self._dispatched(following), []
+        used = {id(job.cache) for job in self.jobs}
+        for step in shown:
+            if step.finished and id(step.job.cache) not in used:
+                step.job.cache.release()
         return shown
 
     def _newcomers(self) -> list[_State]:
         """The canvases that wait to join, before their first step: one state, or none."""
-        jobs, self._joining = self._joining, []
+        jobs = self._joining
         if not jobs:
             return []
         rows, length = len(jobs), len(jobs[0].canvas.tokens)

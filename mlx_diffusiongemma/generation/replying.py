@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..events import Commit, Done, Event, Part, Result, Stats, ToolCall
 from ..processing.replies import reply_from_parts
-from .denoising import Denoising, Job
+from .denoising import Denoising
 from .request import Request, make_request
 from .writer import Writer
 
@@ -138,41 +138,41 @@ def reply(
     """
     run = Denoising(model, options, model.config.text.vocab_size)
     number, upcoming = 0, next(requests, None)
-    writing: dict[Job, tuple[int, Writer]] = {}
+    writing: list[Writer] = []
     try:
         while upcoming or writing:
-            while upcoming and (not writing or fits([*(w.request for _, w in writing.values()), upcoming])):
-                writer = Writer(model, processor, upcoming)
-                job = writer.next_job()
-                writing[job] = number, writer
+            while upcoming and (not writing or fits([*(writer.request for writer in writing), upcoming])):
+                writing.append(writer := Writer(model, processor, upcoming, number))
                 for event in writer.read_prompt():
                     yield number, event
-                if writer.finish_reason:
-                    del writing[job]
-                    yield number, writer.done()
-                else:
-                    run.add(job)
+                if not writer.finish_reason:
+                    run.add(writer.next_job())
                 number, upcoming = number + 1, next(requests, None)
-            if not writing:
-                continue
-            for step in run.step():
-                index, writer = writing[step.job]
-                yield index, writer.draft(step)
-                if writer.request.cancelled:
-                    run.drop([step.job])
-                    del writing[step.job]
-                    yield index, writer.done()
-                elif step.finished:
-                    del writing[step.job]
-                    if not writer.retries():
-                        yield index, writer.commit()
-                    if writer.finish_reason:
-                        yield index, writer.done()
-                    else:
-                        job = writer.next_job()
-                        writing[job] = index, writer
-                        run.add(job)
+            for writer in writing:
+                writer.notice_cancel()
+            run.drop([writer.job for writer in writing if writer.finish_reason and writer.job])
+            yield from _step(run, writing)
+            ended = [(writer.number, writer.done()) for writer in writing if writer.finish_reason]
+            writing = [writer for writer in writing if not writer.finish_reason]
+            yield from ended
     finally:
         run.drop(run.jobs)
-        for _, writer in writing.values():
+        for writer in writing:
             writer.close()
+
+
+def _step(run: Denoising, writing: Sequence[Writer]) -> Iterator[tuple[int, Event]]:
+    """Take one step of all canvases, and begin the next one wherever a canvas is done and its reply goes on."""
+    by_job = {writer.job: writer for writer in writing}
+    for step in run.step():
+        writer = by_job[step.job]
+        yield writer.number, writer.draft(step)
+        writer.notice_cancel()
+        if writer.finish_reason:
+            run.drop([step.job])
+        elif step.finished and writer.retries():
+            run.add(writer.next_job())
+        elif step.finished:
+            yield writer.number, writer.commit()
+            if not writer.finish_reason:
+                run.add(writer.next_job())

@@ -56,6 +56,8 @@ class Cache:
         self.snapshots: list[Snapshot] = []
         self.layers = [LayerCache(config.sliding_window if layer.is_sliding else None, keep) for layer in config.layers]
         self._masks: dict[tuple[int, int, int | None], mx.array] = {}  # of a padded prefix, one for a kind of layer
+        # What `filling` has asked about the prefix, and whether replies to it begin with an empty thought.
+        self.reply_opening: tuple[tuple[Label, ...], bool] = ((), False)
         self._lock = threading.Lock()
 
     @property
@@ -164,13 +166,15 @@ class Cache:
         Raises IndexError where there is no such row.
         """
         count = self.arrays[0].shape[0] if self.arrays else 1
-        if not all(0 <= index < count for index in indices):
+        if not indices or not all(0 <= index < count for index in indices):
             raise IndexError(f"this cache has rows 0 to {count - 1}, not {list(indices)}")
         part = Cache(self.config, self.keep, self.snapshot_bytes)
         part.offset = self.offset
-        part.padding = tuple(self.padding[index] for index in indices) if self.padding else None
-        part.labels = self.labels[:]
+        if self.padding and any(self.padding[index] for index in indices):
+            part.padding = tuple(self.padding[index] for index in indices)
+        part.labels = self.labels[:] if len(indices) == 1 else []
         part.layers = [layer.rows(mx.array(list(indices))) for layer in self.layers]
+        part.evaluate()
         return part
 
     @contextmanager
@@ -235,6 +239,9 @@ class CacheRows:
     """
 
     def __init__(self, caches: Sequence[Cache]):
+        """Raises ValueError where a cache has padded rows."""
+        if any(cache.padding is not None for cache in caches):
+            raise ValueError("each cache must be of one row without padding")
         self.caches = tuple(caches)
 
     @property

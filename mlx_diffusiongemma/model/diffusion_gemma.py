@@ -16,6 +16,7 @@ from ..config import FULL, SLIDING, LayerConfig, ModelConfig, TextConfig
 from ..errors import CheckpointError
 from ..options import REFERENCE_SETTINGS, GenerationOptions
 from . import vocabulary
+from .budgets import PREFILL_CHUNK
 from .cache import SNAPSHOT_BYTES, Cache, CacheRows, Label
 from .joining import fusible
 from .layer_cache import LayerCache, LayerRows
@@ -26,7 +27,6 @@ from .vision import VisionModel, image_blocks
 if TYPE_CHECKING:
     from ..processing.images import PreparedImage
 
-PREFILL_CHUNK = 1024  # tokens: enough rows for every expert, few enough for a window's scores
 T = TypeVar("T")
 Block = tuple[int, int]  # first position of an image's tokens, and the one after its last
 

@@ -174,11 +174,10 @@ class AfterSteps(threading.Event):
         return self.left < 0
 
 
-@pytest.mark.parametrize(("times", "steps"), [(0, 0), (1, 0), (2, 0), (3, 1), (4, 2), (6, 4), (7, 4)])
+@pytest.mark.parametrize(("times", "steps"), [(0, 0), (1, 0), (2, 0), (3, 1), (4, 2), (6, 2), (7, 2)])
 def test_cancelling_leaves_the_holes_open(demo, times, steps):
     """While reading the prompt, asking for a thought, denoising and scoring."""
     parts = ["abc", Hole(6), "hij"]
-    demo[1].reply_openings.clear()
     result = infill(*demo, parts, "reverse jihgfedcba", FEW, cancel=AfterSteps(times))
     assert result.finish_reason == "cancelled" and result.text == "abchij" and result.holes == []
     assert sum(result.stats.steps) == steps
@@ -264,7 +263,7 @@ def test_the_command_prints_the_filled_text(demo_float32, tmp_path):
     [
         (b"nothing to fill", (), "no '<FILL>'"),
         (b"\xff<FILL>", (), "not UTF-8"),
-        (b"a<FILL>b", ("--tokens", "0"), "1 to 48 tokens, not 0"),
+        (b"a<FILL>b", ("--tokens", "99"), "1 to 48 tokens, not 99"),
         (b"a<FILL>b", ("--hole", ""), "--hole is empty"),
         (None, (), "cannot be read"),
     ],

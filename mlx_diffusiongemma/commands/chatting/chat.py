@@ -1,4 +1,4 @@
-"""mlx-dg chat: a conversation at the terminal, or with a pipe."""
+"""The verb `mlx-dg chat`: a conversation at the terminal, or with a pipe."""
 
 from __future__ import annotations
 

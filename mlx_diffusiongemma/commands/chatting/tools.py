@@ -17,7 +17,7 @@ Functions = dict[str, Callable[..., Any]]
 
 
 class Failure(Exception):
-    """What a tool raised, in words for the model and the user."""
+    """The error that a tool raised, in words for the model and the user."""
 
 
 def load_functions(path: Path) -> Functions:
