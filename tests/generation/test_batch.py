@@ -72,7 +72,7 @@ def test_memory_stays_flat_over_a_thousand_prompts():
 def test_rows_in_flight_keep_to_the_account(demo, monkeypatch):
     """A machine with room for three replies denoises three at once, however many are allowed."""
     model, _ = demo
-    contexts = [8 * CANVAS + 20] * 3
+    contexts = [8 * CANVAS + 60] * 3
     monkeypatch.setattr(mx, "get_active_memory", lambda: 10**9)
     monkeypatch.setattr(batch, "usable_bytes", lambda: 10**9 + accounting.batch_bytes(model.config, contexts, 4))
     most = []
