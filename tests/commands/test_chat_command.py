@@ -156,6 +156,7 @@ def test_a_terminal_has_history_and_ctrl_c_stops_a_reply(demo_float32, toolkit):
 def test_ctrl_z_suspends_and_tab_completes(demo_float32, tmp_path):
     (tmp_path / "kept").mkdir()
     terminal = Terminal("bash", "--norc", "-i")  # only what a shell has started can be suspended
+    terminal.type("PS1=the-'shell> '\r")
     terminal.type(f"{' '.join(COMMAND)} --model {demo_float32} --no-history\r")
     terminal.wait_for("Ctrl-D leaves")
     terminal.wait_for("\x1b[?2004h")
@@ -172,7 +173,7 @@ def test_ctrl_z_suspends_and_tab_completes(demo_float32, tmp_path):
     terminal.wait_for("\x1b[?2004h")
     terminal.type("\x04")
     terminal.wait_for("\x1b[?2004l")
-    terminal.wait_for("$ ")
+    terminal.wait_for("the-shell> ")
     terminal.type("exit 0\r")
     assert terminal.close() == 0
     assert not (data_directory() / "chat-history").exists()
