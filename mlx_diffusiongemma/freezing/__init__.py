@@ -1,4 +1,4 @@
-"""What PyInstaller needs in order to freeze a program that imports this package; it finds the hooks by itself."""
+"""PyInstaller's hooks for programs that import this package; it finds them by itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`mlx-dg demo`: the checkpoint that it runs."""
+"""Collect the checkpoint that `mlx-dg demo` runs."""
 
 from PyInstaller.utils.hooks import collect_data_files
 

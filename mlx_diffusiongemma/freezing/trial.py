@@ -1,4 +1,4 @@
-"""Which modules of other packages a program needs: those that a trial imports, whatever versions are installed."""
+"""A trial tells which modules of other packages a program needs, whatever versions are installed."""
 
 from __future__ import annotations
 

@@ -9,11 +9,11 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoints.session_file import read_session, write_session
 from ..errors import BusyError, PromptError
 from ..events import Commit, Done, Event, Result, ToolCall
 from .prefix import rewind_to_common
 from .replying import collect, stream
-from .session_file import read_session, write_session
 
 if TYPE_CHECKING:
     from ..model.cache import Cache

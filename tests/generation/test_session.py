@@ -24,8 +24,8 @@ from mlx_diffusiongemma import (
     load,
 )
 from mlx_diffusiongemma.checkpoints.safetensors import write_header
+from mlx_diffusiongemma.checkpoints.session_file import read_session, write_session
 from mlx_diffusiongemma.events import Done, Draft
-from mlx_diffusiongemma.generation.session_file import read_session, write_session
 from mlx_diffusiongemma.model.cache import Cache
 from mlx_diffusiongemma.processing.images import PreparedImage
 
