@@ -202,6 +202,7 @@ def test_leaving_the_loop_over_it_stops_it():
     asyncio.run(main())
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 def test_a_loop_that_ends_stops_it():
     """`asyncio.run` closes what is open when it ends; a loop that is closed without that stops the worker as well."""
     model = endless()
@@ -222,6 +223,19 @@ def test_a_loop_that_ends_stops_it():
         if thread is not threading.current_thread():
             thread.join(60)
     assert [cache.released for cache in model.caches] == [1, 1]
+    held.clear()
+    gc.collect()
+
+
+def test_the_thread_is_gone_when_the_reply_is_there():
+    model = scripted(sure("ok", LENGTH))
+
+    async def main():
+        for _ in range(300):
+            await agenerate(model, ByteProcessor(), "q")
+            assert threading.active_count() == 1
+
+    asyncio.run(main())
 
 
 def test_requests_take_turns_in_the_order_they_came():
