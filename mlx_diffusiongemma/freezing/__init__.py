@@ -1,4 +1,4 @@
-"""Hooks that PyInstaller needs in order to freeze a program that imports this package; it finds them by itself."""
+"""PyInstaller's hooks for programs that import this package; it finds them by itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Hub's client: downloads; neither its command line nor what it does for other frameworks."""
+"""Leave out of the Hub's client its command line and what it does for other frameworks."""
 
 from mlx_diffusiongemma.freezing.trial import modules_needed, outermost, packages_not_needed, submodules
 

@@ -1,4 +1,4 @@
-"""MLX: the modules that its extension imports, its libraries, and on a Mac the GPU's kernels beside them."""
+"""Collect the modules that MLX's extension imports, its libraries, and on a Mac the GPU's kernels beside them."""
 
 from PyInstaller.utils.hooks import collect_data_files, collect_dynamic_libs
 

@@ -1,4 +1,4 @@
-"""Take the checkpoint that `mlx-dg demo` runs."""
+"""Collect the checkpoint that `mlx-dg demo` runs."""
 
 from PyInstaller.utils.hooks import collect_data_files
 

@@ -1,4 +1,4 @@
-"""Take of mlx-lm tokenizers, layers, and the parser of Gemma's tool calls, which it imports by name; no training."""
+"""Collect of mlx-lm tokenizers, layers and the parser of Gemma's tool calls, which it imports by name; no training."""
 
 from mlx_diffusiongemma.freezing.trial import modules_needed, outermost, packages_not_needed, submodules
 

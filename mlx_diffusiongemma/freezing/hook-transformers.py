@@ -1,4 +1,4 @@
-"""Transformers: tokenizers and chat templates; no models, and nothing that only they need.
+"""Collect of Transformers tokenizers and chat templates; no models, and nothing that only they need.
 
 A program that uses its models says so with a hook of its own: `--additional-hooks-dir` comes before this one.
 """

@@ -1,4 +1,4 @@
-"""Find the modules of other packages that a program needs: those that a trial imports, in any version."""
+"""A trial tells which modules of other packages a program needs, whatever versions are installed."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -185,6 +185,8 @@ class _Line:
             with _changing_lines:
                 request = self._requests[0]
             error = request.run()
+            with suppress(RuntimeError):  # of a step that nobody reads
+                mx.synchronize(self._stream)  # one that was left is still under way, and holds memory
             with _changing_lines:
                 self._requests.popleft()
                 going = bool(self._requests)

@@ -111,7 +111,9 @@ def test_the_swift_example_reads_events_that_exist(demo_float32):
 def test_the_swift_example_runs(demo_float32, tmp_path):
     subprocess.run(["swiftc", str(EXAMPLES / "read_events.swift"), "-o", str(tmp_path / "read_events")], check=True)
     command = tmp_path / "mlx-dg"
-    command.write_text(f"#!/bin/sh\nexec '{sys.executable}' -m mlx_diffusiongemma.cli \"$@\"\n")
+    command.write_text(
+        f"#!/bin/sh\nexec '{sys.executable}' -c 'from mlx_diffusiongemma.cli import main; main()' \"$@\"\n"
+    )
     command.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     read = [str(tmp_path / "read_events")]

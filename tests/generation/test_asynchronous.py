@@ -222,6 +222,18 @@ def test_a_loop_that_ends_stops_it():
         if thread is not threading.current_thread():
             thread.join(60)
     assert [cache.released for cache in model.caches] == [1, 1]
+    asyncio.run(held[0].aclose())  # from another loop: there is nothing to wait for any more
+
+
+def test_the_thread_is_gone_when_the_reply_is_there():
+    model = scripted(sure("ok", LENGTH))
+
+    async def main():
+        for _ in range(300):
+            await agenerate(model, ByteProcessor(), "q")
+            assert threading.active_count() == 1
+
+    asyncio.run(main())
 
 
 def test_requests_take_turns_in_the_order_they_came():
