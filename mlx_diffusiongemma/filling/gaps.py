@@ -84,6 +84,11 @@ def given_tokens(segments: Sequence[Segment]) -> list[int]:
     return [token for segment in segments if not isinstance(segment, Gap) for token in segment]
 
 
+def least_room(segments: Sequence[Segment]) -> int:
+    """The tokens that the gaps among `segments` take at least."""
+    return sum(min(len(own.tokens) for own in gap.fillings) for gap in segments if isinstance(gap, Gap))
+
+
 def lengths_up_to(most: int) -> list[int]:
     """Choose at most LENGTHS lengths from short to `most`, evenly apart."""
     count = min(most, LENGTHS)

@@ -21,7 +21,7 @@ from ..generation.prefix import encode_prompt
 from ..generation.sampling import Draws
 from ..model.budgets import TOGETHER
 from .denoisers import InParts, Restricted
-from .gaps import Gap, GappedCanvas, Segment, given_tokens, lay_out, longest_gap, most_tokens
+from .gaps import Gap, GappedCanvas, Segment, given_tokens, lay_out, least_room, longest_gap, most_tokens
 from .scoring import Cancelled, Probe, log_probabilities, noise_canvases, reply_opening
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class GapFiller:
         before = given_tokens(self.segments[:first])
         lead = self._lead(len(before), first)
         window = self._window(first, self.length - lead)
-        if self._least_room(window) > self.options.max_tokens - sum(map(len, self.filled)):
+        if least_room(window) > self.options.max_tokens - sum(map(len, self.filled)):
             raise Full
         self._encode(before[: len(before) - lead])
         self.steps.append(0)
@@ -213,10 +213,6 @@ class GapFiller:
             self.unreported = made
         else:
             self._commit(*made)
-
-    def _least_room(self, window: Sequence[Segment]) -> int:
-        """The tokens that the gaps of a canvas take at least."""
-        return sum(min(len(own.tokens) for own in gap.fillings) for gap in window if isinstance(gap, Gap))
 
     def _text_end(self, window: Sequence[Segment], lead: int) -> int:
         """The place behind the text on the canvas that was filled: before its ending, and before an end token that the
