@@ -213,7 +213,7 @@ def _screens(trace: list[Traced], columns: int) -> Iterator[tuple[float, list[Ro
                 yield traced.seconds, layout([("committed", text)], columns, words=True)[-MOST_ROWS:], status
 
 
-def _style(accepted: bool, entropy: float) -> str:
+def _style(kind: str, accepted: bool, entropy: float) -> str:
     return "accepted" if accepted else "noise"
 
 

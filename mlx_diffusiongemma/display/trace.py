@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import PromptError
-from ..events import Commit, Done, Draft, Event, Part, Prefill, Stats, ToolCall
+from ..events import Commit, Done, Draft, Event, Filled, Part, Prefill, Stats, ToolCall
 from .terminal import show
 
 LONGEST_PAUSE = 1.0  # seconds that a replay waits for an event
@@ -20,24 +20,27 @@ USUAL_PAUSE = 0.1  # where the file holds no times
 
 @dataclass(frozen=True)
 class Traced:
-    """An event, and when it came, in seconds after the first."""
+    """An event, and when it came, in seconds after the first. title: what was asked, on the first one, if known."""
 
     event: Event
     seconds: float
+    title: str = ""
 
 
 def event_json(event: Event) -> str:
-    """An event as one line of JSON, with its kind in `type`: prefill, draft, commit or done."""
+    """An event as one line of JSON, with its kind in `type`: prefill, draft, filled, commit or done."""
     return _line(_fields(event))
 
 
 class TraceWriter:
     """Writes the events of one request to the file at `path`, a line each; whatever stops it, it can be replayed.
 
+    title: what was asked, for whoever looks at it later; kept with the first event.
     Raises PromptError where the file cannot be written.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, title: str = ""):
+        self.title = title
         try:
             self.file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
@@ -48,6 +51,8 @@ class TraceWriter:
         now = time.monotonic()
         self.started = now if self.started is None else self.started
         content = _fields(event) | {"time": round(now - self.started, 4)}
+        if self.title:
+            content, self.title = content | {"title": self.title}, ""
         self.file.write(_line(content) + "\n")
 
     def watch(self, events: Iterable[Event]) -> Iterator[Event]:
@@ -79,7 +84,7 @@ def read_trace(path: str | Path) -> list[Traced]:
         try:
             content = json.loads(line)
             seconds = float(content.get("time", USUAL_PAUSE * len(trace)))
-            trace.append(Traced(_event(content), seconds))
+            trace.append(Traced(_event(content), seconds, str(content.get("title", ""))))
         except (AttributeError, KeyError, TypeError, ValueError):
             raise PromptError(
                 f"{path} is not a trace: line {number} holds no event; give a file that `--trace` wrote."
@@ -133,6 +138,8 @@ def _event(content: dict[str, Any]) -> Event:
             return Prefill(int(content["done"]), int(content["total"]))
         case "draft":
             return _draft(content)
+        case "filled":
+            return Filled(int(content["done"]), int(content["total"]))
         case "commit":
             tokens = [int(token) for token in content["tokens"]]
             calls = [

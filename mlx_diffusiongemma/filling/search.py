@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..checkpoints.accounting import rows_after
 from ..checkpoints.memory import PeakMemory
 from ..errors import PromptError
-from ..events import Commit, Done, Draft, Event, FinishReason, Prefill, Stats
+from ..events import Commit, Done, Draft, Event, Filled, FinishReason, Prefill, Stats
 from ..generation.denoising import Denoising, Job, Step
 from ..generation.prefix import encode_prompt
 from ..generation.sampling import Draws
@@ -54,8 +54,8 @@ class GapFiller:
 
     ending: what follows the last segment; its last token fills the canvas up, as in training. None: the reply is open,
     and in a gap at the end the model may end it itself.
-    pieces: the text that all this makes, for events: `Prefill`s, then `Draft`s of the most certain try and `Commit`s
-    of the text that has no open gap before it, then `Done`. Joined, the commits are the whole text.
+    pieces: the text that all this makes, for events: `Prefill`s, then `Draft`s of the most certain try, a `Filled` as
+    gaps are decided and `Commit`s of the text that has no open gap before it, then `Done`. Joined, the commits are the whole text.
     replies: an empty thought comes first where the model begins its replies with one.
     The request's `max_tokens` bounds all gaps together. Cancelled, the gaps of the canvas at work stay open.
     Raises PromptError where a gap is longer than `longest_gap` allows, or everything than the context.
@@ -82,6 +82,7 @@ class GapFiller:
         self.noise = noise_canvases(self.options.seed, 1, self.length, self.vocabulary)[0]
         self.cache = model.make_cache() if request.cache is None else request.cache
         self.encoded = 0  # tokens of the reply in the cache
+        self.gaps = sum(isinstance(segment, Gap) for segment in segments)
         self.filled: list[list[int]] = []  # tokens of each gap
         self.attempts: list[Attempt] = []
         self.steps: list[int] = []  # of each canvas
@@ -117,6 +118,7 @@ class GapFiller:
             with nullcontext() if kept is None else kept.reserved():
                 self._read_prefix([])
                 prefilled = time.perf_counter()
+                self.report(Filled(0, self.gaps))
                 self._commit(0, [], 0)
                 self._fill()
                 finish()
@@ -254,13 +256,16 @@ class GapFiller:
 
         every = [range(len(gap.fillings)) for gap in gaps]
         if math.prod(map(len, every)) <= EVERY:
-            return self._try(window, lead, list(filter(fits, itertools.product(*every))))[1]
+            canvas = self._try(window, lead, list(filter(fits, itertools.product(*every))))[1]
+            self.report(Filled(len(self.filled) + len(gaps), self.gaps))
+            return canvas
         best = tuple(max(range(len(g.fillings)), key=lambda i, g=g: len(g.fillings[i].tokens)) for g in gaps)
         if not fits(best):
             best = tuple(min(range(len(g.fillings)), key=lambda i, g=g: len(g.fillings[i].tokens)) for g in gaps)
         for number, own in enumerate(every):
             varied = [(*best[:number], choice, *best[number + 1 :]) for choice in own]
             best, canvas = self._try(window, lead, list(filter(fits, varied)))
+            self.report(Filled(len(self.filled) + number + 1, self.gaps))
         return canvas
 
     def _try(self, window: list[Segment], lead: int, combinations: list[Choices]) -> tuple[Choices, GappedCanvas]:
