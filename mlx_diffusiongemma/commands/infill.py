@@ -59,10 +59,10 @@ def infill(
         raise PromptError(f"{out} cannot be written; give a file in a directory that exists.")
     text = read_text(file)
     parts = _parts(text, MARK if hole is None else hole, lines, tokens)
-    if exact and (tokens == 1 or isinstance(parts[-1], Hole) and sum(isinstance(part, Hole) for part in parts) == 1):
+    holes = sum(isinstance(part, Hole) for part in parts)
+    if exact and (tokens == 1 or (holes == 1 and isinstance(parts[-1], Hole))):
         why = "a hole of one token has one length" if tokens == 1 else "the model ends a hole at the text's end itself"
         raise typer.BadParameter(f"--exact changes nothing here: {why}; leave it out")
-    holes = sum(isinstance(part, Hole) for part in parts)
     options = GenerationOptions(max_tokens=max(tokens * holes, 1), max_steps=steps, seed=seed)
     loaded, processor = load_model(model)
     # A pipe gets the text when it is whole; a terminal, as it becomes certain.

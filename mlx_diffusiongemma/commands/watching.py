@@ -63,7 +63,7 @@ def watched(
     title: str,
     passing: bool,
 ) -> Iterator[Callable[[Event], object]]:
-    """What to call with every event: it records it in `trace`, under `title`, and prints it or draws it (see `View`)."""
+    """What to call with every event: it is recorded in `trace`, under `title`, and printed or drawn (see `View`)."""
     from ..display.terminal import View
     from ..display.trace import TraceWriter, event_json
 

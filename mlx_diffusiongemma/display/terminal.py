@@ -257,7 +257,7 @@ class View:
         return parts
 
     def _holes(self) -> list[str]:
-        """How many holes are filled and how long the others will take, as far as those tell; nothing for a single one."""
+        """How many holes are filled, and how long the others will take if they go as these; nothing for a single one."""
         if self.filled is None or self.filled.total < 2:
             return []
         parts = [f"{self.filled.done}/{self.filled.total} holes"]

@@ -55,7 +55,8 @@ class GapFiller:
     ending: what follows the last segment; its last token fills the canvas up, as in training. None: the reply is open,
     and in a gap at the end the model may end it itself.
     pieces: the text that all this makes, for events: `Prefill`s, then `Draft`s of the most certain try, a `Filled` as
-    gaps are decided and `Commit`s of the text that has no open gap before it, then `Done`. Joined, the commits are the whole text.
+    gaps are decided and `Commit`s of the text that has no open gap before it, then `Done`. Joined, the commits are
+    the whole text.
     replies: an empty thought comes first where the model begins its replies with one.
     The request's `max_tokens` bounds all gaps together. Cancelled, the gaps of the canvas at work stay open.
     Raises PromptError where a gap is longer than `longest_gap` allows, or everything than the context.
