@@ -257,7 +257,7 @@ class View:
         return parts
 
     def _holes(self) -> list[str]:
-        """How many holes are filled, and how long the others will take if they go as these; nothing for a single one."""
+        """How many holes are filled, and how long the others take if they go as these; nothing for a single one."""
         if self.filled is None or self.filled.total < 2:
             return []
         parts = [f"{self.filled.done}/{self.filled.total} holes"]
@@ -287,6 +287,9 @@ class _Region:
 
     The cursor stays at the end of the last row, and is hidden only within a frame: whatever ends the process, it is
     there. Automatic wrapping is off within a frame, so that a character wider than expected cannot shift the rows.
+
+    A terminal that becomes smaller wraps the rows and pushes the top ones out, beyond reach; where it becomes larger
+    again, most bring them back. So those pushed out are remembered, to be erased when they return.
     """
 
     BEGIN, END = "\x1b[?2026h\x1b[?25l", "\x1b[?25h\x1b[?2026l"
@@ -296,6 +299,7 @@ class _Region:
     def __init__(self, stream: TextIO):
         self.stream = stream
         self.rows: list[Row] = []
+        self.pushed_out: list[Row] = []  # above them, and above the screen, whose top they begin at then
         self.columns = 0
 
     def size(self) -> tuple[int, int]:
@@ -314,7 +318,7 @@ class _Region:
             return
         # Erasing a whole screen makes tmux keep it in its history; from the second column on, it is not a whole one.
         self._send(self.BEGIN + self._to_top() + self.ERASE_ROW + "\x1b[C" + self.ERASE_BELOW + "\r")
-        self.rows = []
+        self.rows, self.pushed_out = [], []  # what is written next may scroll: later, other rows would return
 
     def release(self) -> None:
         """Let the screen show what it holds, with the cursor on it."""
@@ -322,10 +326,11 @@ class _Region:
 
     def _to_top(self) -> str:
         columns, lines = self.size()
-        height = len(self.rows)
+        rows = self.pushed_out + self.rows
         if columns < self.columns:  # the terminal has wrapped the rows since
-            height = sum(len(layout([("", row.text)], columns)) or 1 for row in self.rows)
-        up = min(height, lines) - 1
+            rows = [part for row in rows for part in layout([("", row.text)], columns) or [row]]
+        self.pushed_out = rows[: max(len(rows) - lines, 0)]
+        up = min(len(rows), lines) - 1
         return f"\r\x1b[{up}A" if up > 0 else "\r"
 
     def _send(self, text: str) -> None:
