@@ -1,6 +1,7 @@
 """Pictures of a trace: well-formed, complete, and safe whatever the model wrote."""
 
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -184,3 +185,11 @@ def test_labels_name_the_tokens_that_positions_ended_with():
 
 def _length(strokes):
     return sum(float(stroke.partition("h")[2]) for stroke in strokes.split("M")[1:])
+
+
+def test_the_picture_among_the_examples_shows_two_canvases_and_is_small():
+    path = Path(__file__).parents[2] / "examples" / "canvas.svg"
+    assert path.stat().st_size < 200_000
+    frames = ElementTree.parse(path).getroot().findall(f"{SVG}g/{SVG}g")
+    assert svg_lines(frames[0])[0] == "> count from 5"
+    assert {svg_lines(frame)[-1][:8] for frame in frames} == {"canvas 1", "canvas 2"}
