@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -19,8 +18,13 @@ def bench(
         str | None,
         typer.Option("--against", metavar="PATH|REPO", help="An autoregressive model for mlx-lm to run beside it."),
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Only what running needs, from shapes alone.")] = False,
-    context: Annotated[int, typer.Option("--context", min=1, help="Tokens of context for --plan.")] = 8192,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Only the memory that running needs and the Macs that fit, from shapes alone."),
+    ] = False,
+    context: Annotated[
+        int | None, typer.Option("--context", min=1, help="Tokens of context for --plan.", show_default="8192")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Measure this machine's ceilings, then where a denoising step's time goes and how fast replies come."""
@@ -30,12 +34,18 @@ def bench(
     from ..benchmark.report import render, render_plan
     from ..checkpoints.hub import is_repository
 
+    if context and not plan:
+        raise typer.BadParameter("--context is for --plan; give that too")
+    if against and plan:
+        raise typer.BadParameter("--against is measured, and --plan measures nothing; leave out one of them")
     if plan:
-        memory = plan_memory(model or default_model(), context)
+        needs = plan_memory(model or default_model(), context)
         if as_json:
-            typer.echo(json.dumps(asdict(memory)))
+            typer.echo(json.dumps(needs.to_dict()))
         else:
-            Console().print(render_plan(memory, context))
+            Console().print(render_plan(needs))
+        if needs.warning:
+            typer.echo(f"mlx-dg: {needs.warning}", err=True)
         return
     counts = _counts(steps)
     rival = None
