@@ -82,12 +82,12 @@ def _rate(per_second: float) -> str:
 
 
 def _size(stream: TextIO) -> tuple[int, int]:
-    """Columns and lines of the terminal that `stream` writes to."""
+    """Columns and lines of the terminal that `stream` writes to; of a usual one where it does not say."""
     try:
         columns, lines = os.get_terminal_size(stream.fileno())
     except OSError:
-        columns, lines = 80, 24
-    return max(columns, 2), max(lines, 2)
+        columns, lines = 0, 0
+    return max(columns or 80, 2), max(lines or 24, 2)
 
 
 def _can_draw(stream: TextIO) -> bool:

@@ -202,6 +202,13 @@ def test_a_draft_continues_the_unfinished_line_and_nothing_else_stays(screen):
     assert screen.out.text == "A line.\nAn unfinished line.\n"
 
 
+def test_a_terminal_that_does_not_say_its_size_is_a_usual_one(screen, monkeypatch):
+    monkeypatch.setattr(terminal.os, "get_terminal_size", lambda _: (0, 0))
+    screen.columns = 80
+    show([draft("text")])
+    assert "canvas 1 · step 1/48 · entropy 0.000" in screen.err.text
+
+
 def test_every_frame_is_one_write_with_the_cursor_shown_after_it(screen):
     def events():
         for step in range(1, 6):
