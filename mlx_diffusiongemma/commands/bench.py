@@ -23,7 +23,8 @@ def bench(
         typer.Option("--plan", help="Only the memory that running needs and the Macs that fit, from shapes alone."),
     ] = False,
     context: Annotated[
-        int | None, typer.Option("--context", min=1, help="Tokens of context for --plan.", show_default="8192")
+        int | None,
+        typer.Option("--context", min=1, help="Tokens of context for --plan; else 8192, or the most for the model."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:

@@ -21,9 +21,7 @@ MARK = "<FILL>"
 
 def infill(
     file: Annotated[str, typer.Argument(metavar="FILE|-", help="A UTF-8 text with holes; - reads stdin.")],
-    hole: Annotated[
-        str | None, typer.Option("--hole", help="What marks a hole in the text.", show_default=MARK)
-    ] = None,
+    hole: Annotated[str | None, typer.Option("--hole", help=f"What marks a hole in the text; else {MARK}.")] = None,
     lines: Annotated[
         str | None,
         typer.Option("--lines", metavar="FIRST:LAST", help="These lines, from 1, are the hole: 10:20, 10:, :20 or 10."),

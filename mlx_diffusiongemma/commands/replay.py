@@ -24,7 +24,7 @@ def replay(
     ] = None,
     labels: Annotated[bool, typer.Option("--labels", help="Name the tokens in the picture of --entropy.")] = False,
     title: Annotated[
-        str | None, typer.Option("--title", help="What stands above pictures [what the trace was asked].")
+        str | None, typer.Option("--title", help="What stands above pictures; else what the trace was asked.")
     ] = None,
     live: LiveCanvas = None,
 ) -> None:
