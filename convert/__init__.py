@@ -9,22 +9,22 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .calibration import Calibration, calibrate, read_prompts
+    from .calibration import Calibration, calibrate, check_calibration, read_prompts
     from .check import check_checkpoint
-    from .conversion import convert_checkpoint, plan_conversion, plan_tensors
+    from .conversion import check_conversion, convert_checkpoint, plan_conversion, plan_tensors
     from .plan import Plan
     from .quantization import RECIPES
     from .report import ConversionReport
-    from .upload import upload_checkpoint
+    from .upload import check_upload, upload_checkpoint
 
 _HOMES = {
-    "calibration": ("Calibration", "calibrate", "read_prompts"),
+    "calibration": ("Calibration", "calibrate", "check_calibration", "read_prompts"),
     "check": ("check_checkpoint",),
-    "conversion": ("convert_checkpoint", "plan_conversion", "plan_tensors"),
+    "conversion": ("check_conversion", "convert_checkpoint", "plan_conversion", "plan_tensors"),
     "plan": ("Plan",),
     "quantization": ("RECIPES",),
     "report": ("ConversionReport",),
-    "upload": ("upload_checkpoint",),
+    "upload": ("check_upload", "upload_checkpoint"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -34,7 +34,10 @@ __all__ = [
     "ConversionReport",
     "Plan",
     "calibrate",
+    "check_calibration",
     "check_checkpoint",
+    "check_conversion",
+    "check_upload",
     "convert_checkpoint",
     "plan_conversion",
     "plan_tensors",
@@ -43,7 +46,10 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one of these
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOME_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value: object = getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)
+        return value

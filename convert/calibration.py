@@ -1,4 +1,4 @@
-"""What quantizing costs in use: how far the predictions move, and how many more steps a canvas takes."""
+"""The cost of quantizing in use: how far the predictions move, and how many more steps a canvas takes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import numpy as np
 
 from ..config import read_json
 from ..errors import CheckpointError
+from ..files import write_whole
 from ..options import GenerationOptions
 from ..paths import user_path
-from .conversion import convert_checkpoint, plan_conversion
+from .conversion import convert_checkpoint, find_source, plan_conversion
 from .writing.hashes import REPORT
 from .writing.packaging import CARD
-from .writing.partial import write_json, write_whole
+from .writing.partial import write_json
 
 PROMPTS = (
     "Why is the sky blue?",
@@ -51,7 +52,7 @@ class Calibration:
     note: str = ""
 
     def render(self) -> str:
-        """For a person, in Markdown too."""
+        """The result as a person reads it, in Markdown too."""
         if self.kl is None:
             return f"{self.steps:.2f} steps per canvas over {self.prompts} prompts. {self.note}"
         return (
@@ -67,6 +68,7 @@ def calibrate(
     prompts: Sequence[str] = PROMPTS,
     *,
     revision: str | None = None,
+    stream: bool = False,
     seed: int = 0,
 ) -> Calibration:
     """Compare the converted checkpoint in `directory` with its unquantized `source`, and add the result to its model
@@ -74,44 +76,73 @@ def calibrate(
 
     source: what it was converted from, a directory or repository; it is converted without quantization beside
     `directory` for the time of the comparison. Without it, or where it does not fit, only the steps are counted.
-    Raises CheckpointError and PromptError.
+    stream: as `convert_checkpoint` takes it. Raises CheckpointError and PromptError.
     """
     directory = user_path(directory).absolute()
-    prompts = [prompt for prompt in prompts if prompt.strip()]
-    if not prompts:
-        raise CheckpointError("There is no prompt to calibrate with; give a file with one per line.")
+    prompts = _some(prompts)
     note = "The unquantized model was not given." if source is None else _misfit(source, revision)
-    if note:
+    if source is None or note:
         result = Calibration(len(prompts), Subject(directory).replies(prompts, seed)[0], note=note)
     else:
         with tempfile.TemporaryDirectory(prefix=f"{directory.name}.", dir=directory.parent) as scratch:
-            result = _compare(directory, source, revision, prompts, seed, Path(scratch))
+            result = _compare(directory, source, revision, stream, prompts, seed, Path(scratch))
     _publish(directory, result)
     return result
+
+
+def check_calibration(source: str | Path, prompts: Sequence[str] = PROMPTS, *, revision: str | None = None) -> int:
+    """Make sure, before a conversion, that `calibrate` can put `prompts` to the checkpoint at `source`.
+
+    Returns the bytes that it will write beside the converted one for the time of the comparison. Raises CheckpointError
+    and PromptError.
+    """
+    from ..config import ModelConfig
+    from ..processing.processor import Processor
+
+    directory = find_source(source, revision).directory
+    processor = Processor.from_directory(directory, ModelConfig.from_directory(directory))
+    for prompt in _some(prompts):
+        processor.prompt(prompt)
+    return 0 if _misfit(source, revision) else plan_conversion(source, bits=None, revision=revision).file_bytes
 
 
 def read_prompts(path: str | Path) -> list[str]:
     """The prompts in a text file, one per line. Raises CheckpointError."""
     try:
-        return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        return _some(user_path(path).read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError) as error:  # a ValueError for what is no text, and what no path can be
         raise CheckpointError(f"{path} cannot be read as text ({error}); give a file with a prompt per line.") from None
+
+
+def _some(prompts: Sequence[str]) -> list[str]:
+    """The prompts that are not blank. Raises CheckpointError where there are none."""
+    prompts = [prompt for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise CheckpointError("There is no prompt to calibrate with; give a file with one per line.")
+    return prompts
 
 
 def _misfit(source: str | Path, revision: str | None) -> str:
     """Why the unquantized source cannot run here; empty if it can."""
     needed = plan_conversion(source, bits=None, revision=revision).running_bytes()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > mx.device_info().get("max_recommended_working_set_size", memory):
+    if needed > int(mx.device_info().get("max_recommended_working_set_size", memory)):
         return f"The unquantized model needs {needed / 1e9:.0f} GB and was not run."
     return ""
 
 
 def _compare(
-    directory: Path, source: str | Path, revision: str | None, prompts: list[str], seed: int, scratch: Path
+    directory: Path,
+    source: str | Path,
+    revision: str | None,
+    stream: bool,
+    prompts: list[str],
+    seed: int,
+    scratch: Path,
 ) -> Calibration:
     """One model in memory after the other; the first one's logits wait on the disk."""
-    subject = Subject(convert_checkpoint(source, scratch / "reference", bits=None, revision=revision).out)
+    reference = convert_checkpoint(source, scratch / "reference", bits=None, revision=revision, stream=stream)
+    subject = Subject(reference.out)
     reference_steps, canvases = subject.replies(prompts, seed)
     noised = _noised(canvases, subject.model.config.text.vocab_size, seed)
     for i, logits in enumerate(subject.logits(prompts, noised)):
@@ -138,12 +169,13 @@ class Subject:
     def replies(self, prompts: list[str], seed: int) -> tuple[float, list[list[int]]]:
         """Mean steps per canvas, and the first canvas of every reply, filled up with end tokens."""
         from ..generation.replying import generate
+        from ..generation.request import request_options
 
         length = self.model.config.canvas_length
-        options = GenerationOptions(max_tokens=LONGEST * length, seed=seed)
+        options = request_options(self.model, GenerationOptions(max_tokens=LONGEST * length, seed=seed))
         results = [generate(self.model, self.processor, prompt, options=options) for prompt in prompts]
         steps = [count for result in results for count in result.stats.steps]
-        end = self.model.options.end_tokens[0]
+        end = next(iter(options.end_tokens), 0)
         return sum(steps) / len(steps), [(result.tokens + [end] * length)[:length] for result in results]
 
     def logits(self, prompts: list[str], canvases: list[np.ndarray]) -> Iterator[mx.array]:
@@ -160,7 +192,7 @@ def divergence(reference: mx.array, logits: mx.array) -> tuple[float, float]:
     log_q = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     kl = (mx.exp(log_p) * (log_p - log_q)).sum(axis=-1).mean()
     same = (mx.argmax(reference, axis=-1) == mx.argmax(logits, axis=-1)).astype(mx.float32).mean()
-    return kl.item(), same.item()
+    return float(kl), float(same)
 
 
 def _noised(canvases: list[list[int]], vocabulary: int, seed: int) -> list[np.ndarray]:

@@ -25,7 +25,7 @@ Check = Callable[[Checkpoint], Iterator[str]]  # what is wrong, one sentence eac
 
 
 def check_checkpoint(directory: str | Path, tell: Tell | None = None) -> list[str]:
-    """What is wrong with the converted checkpoint in `directory`, one sentence each; empty when nothing is.
+    """List what is wrong with the converted checkpoint in `directory`, one sentence each; empty when nothing is.
 
     `tell` is called with the name of every check as it starts.
     """
@@ -33,7 +33,7 @@ def check_checkpoint(directory: str | Path, tell: Tell | None = None) -> list[st
 
 
 def check_files(directory: Path) -> list[str]:
-    """The same for what takes no time: configuration, names, shapes, types and hashes."""
+    """List what can be told wrong in no time: configuration, names, shapes, types and hashes."""
     return _run(directory, dict(list(CHECKS.items())[:3]), lambda _: None)
 
 

@@ -1,4 +1,4 @@
-"""From a source and its options to a directory that loads here and in mlx-vlm."""
+"""Conversion, from a source and its options to a directory that loads here and in mlx-vlm."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 
@@ -21,13 +22,22 @@ from ..errors import CheckpointError
 from ..paths import user_path
 from .plan import DTYPES, SHORT, Plan, make_plan
 from .quantization import AUTO, Bits, Scheme, make_scheme
-from .reading import remote as hub
 from .reading.reader import Files, Reader
+from .reading.remote import download, remote_files, remote_headers
 from .reading.stream import StreamedFiles
 from .report import ConversionReport
 from .writing.hashes import REPORT
 from .writing.packaging import CARD, check_tokenizer, write_card, write_companions
-from .writing.partial import DOWNLOADS, Partial, open_partial, write_json
+from .writing.partial import (
+    DOWNLOADS,
+    Identity,
+    Partial,
+    amount,
+    check_same,
+    finished_bytes,
+    open_partial,
+    write_json,
+)
 from .writing.writer import write_shard
 
 Progress = Callable[[int, int, str], None]
@@ -38,21 +48,23 @@ DISK_MARGIN = 64 << 20  # bytes, for what is not weights
 class Source:
     """A checkpoint to convert: `directory` has its small files, and the weights too unless they are streamed.
 
-    repository and commit: where on the hub it came from. remote: size and SHA-256 of its files there, when streamed.
+    repository and commit: where on the hub it came from. is_here: whether the weights are on this disk. remote: size
+    and SHA-256 of its files on the hub, when streamed.
     """
 
     directory: Path
     entries: Mapping[str, Entry]
     repository: str | None = None
     commit: str | None = None
+    is_here: bool = True
     remote: Mapping[str, tuple[int, str]] | None = None
 
     @property
     def identity(self) -> list[list[object]]:
-        """What changes when the weights do."""
+        """A value that changes when the weights do."""
         files = sorted({entry.file for entry in self.entries.values()})
-        if self.remote is not None:
-            return [[file, *self.remote.get(file, (self.commit,))] for file in files]
+        if self.repository:
+            return [[file, self.repository, self.commit] for file in files]
         stats = [(self.directory / file).stat() for file in files]
         return [[file, stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)]
 
@@ -70,7 +82,9 @@ def convert_checkpoint(
     revision: str | None = None,
     allow_nan: bool = False,
     stream: bool = False,
+    restart: bool = False,
     progress: Progress | None = None,
+    tell: Callable[[str], None] | None = None,
 ) -> ConversionReport:
     """Convert the checkpoint in a directory or hub repository to MLX arrays in the new directory `out`.
 
@@ -78,22 +92,27 @@ def convert_checkpoint(
     quantizes nothing. group_size: None is the mode's own. overrides: patterns of module paths → bits, a mode or "none".
     dtype: bfloat16, float16 or float32; None is the checkpoint's. revision: of a repository. allow_nan: convert weights
     that are not finite too. stream: take a repository's files one at a time and delete each when it is used up, so that
-    the disk holds no more than one of them beside `out`. progress: called with bytes done, bytes in all and the name of
-    the tensor at work.
+    the disk holds no more than one of them beside `out`. restart: delete what a stopped conversion to `out` finished.
+    progress: called with bytes done, bytes in all and the name of the tensor at work. tell: called with a sentence
+    where a stopped conversion is resumed.
 
-    `out` appears only when whole; until then its files are in `out`.partial, which an error removes and an interruption
-    leaves if there are finished shards to resume from. Raises CheckpointError; KeyboardInterrupt passes through.
+    `out` appears only when whole; until then its files are in `out`.partial. That stays, and the same call goes on from
+    it, where an interruption or an error leaves finished shards in it; other options are refused beside it, unless with
+    `restart`. What can be wrong is looked for before anything is downloaded or written. Raises CheckpointError;
+    KeyboardInterrupt passes through.
     """
     started = time.monotonic()
     out = user_path(out).absolute()
     scheme = make_scheme(bits, group_size, mode, recipe, overrides)
-    _check_target(out)
-    found = _find(source, revision, weights="streamed" if stream else "local")
-    plan = _plan(found, scheme, dtype)
-    check_tokenizer(found.directory)
-    with open_partial(out, _fingerprint(found, plan, allow_nan)) as partial:
+    found, plan, identity = _prepare(source, out, scheme, dtype, revision, allow_nan, stream, restart)
+    if not found.is_here and not stream:
+        found = _downloaded(found)
+        plan = _plan(found, scheme, dtype)
+    with open_partial(out, identity, restart=restart) as partial:
         resumed = len(partial.finished)
-        _check_disk(found, plan, partial)
+        _check_disk(out, found, plan, sum((partial.path / name).stat().st_size for name in partial.finished))
+        if tell and (resumed or partial.damaged):
+            tell(_resuming(partial, plan))
         with _files(found, plan, partial) as files:
             _write_shards(plan, partial, Reader(files, allow_nan), progress)
         report = ConversionReport(out, plan, dict(partial.finished), time.monotonic() - started, resumed)
@@ -113,11 +132,36 @@ def plan_conversion(
     dtype: str | None = None,
     revision: str | None = None,
 ) -> Plan:
-    """What `convert_checkpoint` would write with the same arguments. Of a repository only the small files and the
+    """Plan what `convert_checkpoint` would write with the same arguments. Of a repository only the small files and the
     headers of the large ones are read. Raises CheckpointError.
     """
     scheme = make_scheme(bits, group_size, mode, recipe, overrides)
-    return _plan(_find(source, revision, weights="remote"), scheme, dtype)
+    return _plan(find_source(source, revision), scheme, dtype)
+
+
+def check_conversion(
+    source: str | Path,
+    out: str | Path,
+    *,
+    bits: Bits = AUTO,
+    group_size: int | None = None,
+    mode: str = "affine",
+    recipe: str = "community",
+    overrides: Mapping[str, str] | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    allow_nan: bool = False,
+    stream: bool = False,
+    restart: bool = False,
+    further_bytes: int = 0,
+) -> Plan:
+    """Look for all that can be wrong before `convert_checkpoint` is called with the same arguments; returns its plan.
+
+    further_bytes: what is going to be written beside `out` in the end. Raises CheckpointError.
+    """
+    out = user_path(out).absolute()
+    scheme = make_scheme(bits, group_size, mode, recipe, overrides)
+    return _prepare(source, out, scheme, dtype, revision, allow_nan, stream, restart, further_bytes)[1]
 
 
 def plan_tensors(
@@ -128,25 +172,77 @@ def plan_tensors(
     return make_plan(entries, ModelConfig.from_dict(dict(config)), scheme or make_scheme(), _dtype(config, None))
 
 
-def _find(source: str | Path, revision: str | None, weights: Literal["local", "remote", "streamed"]) -> Source:
-    """`source`, with its weights on this disk, only looked at on the hub, or to be downloaded one by one later."""
+def find_source(source: str | Path, revision: str | None = None, *, stream: bool = False) -> Source:
+    """Find what tells how a checkpoint is converted: its small files, which are downloaded, and all headers.
+
+    Raises CheckpointError for what is no checkpoint that can be converted.
+    """
     if not is_repository(source):
+        if revision is not None or stream:
+            raise CheckpointError(
+                f"{source} is a directory, which has no revision and nothing to stream; leave that out."
+            )
         directory = user_path(source)
         ModelConfig.from_directory(directory)  # says most plainly what is wrong with another model's directory
+        check_tokenizer(directory)
         return Source(directory, read_checkpoint_headers(directory))
     repository = str(source)
-    directory = hub.download(repository, revision, weights == "local")
+    directory = download(repository, revision, weights=False)
     ModelConfig.from_directory(directory)
+    check_tokenizer(directory)
     commit = directory.name
-    read_index(directory)  # refuses names that lead elsewhere before anything is asked for by them
-    if weights == "local":
+    index = read_index(directory)  # refuses names that lead elsewhere before anything is asked for by them
+    files = set(index.values()) or {path.name for path in directory.glob("model*.safetensors")}
+    if files and all((directory / name).is_file() for name in files) and not stream:
         return Source(directory, read_checkpoint_headers(directory), repository, commit)
-    remote = hub.remote_files(repository, commit) if weights == "streamed" else None
-    return Source(directory, hub.remote_headers(repository, commit), repository, commit, remote)
+    remote = remote_files(repository, commit) if stream else None
+    return Source(directory, remote_headers(repository, commit), repository, commit, False, remote)
+
+
+def _downloaded(source: Source) -> Source:
+    """Download the weights of `source`, where it is a repository. Raises CheckpointError."""
+    if source.repository is None:
+        return source
+    directory = download(source.repository, source.commit)
+    return replace(source, directory=directory, entries=read_checkpoint_headers(directory), is_here=True)
+
+
+def _prepare(
+    source: str | Path,
+    out: Path,
+    scheme: Scheme,
+    dtype: str | None,
+    revision: str | None,
+    allow_nan: bool,
+    stream: bool,
+    restart: bool,
+    further_bytes: int = 0,
+) -> tuple[Source, Plan, Identity]:
+    """Find the source, plan the conversion and look for all that can be wrong. Raises CheckpointError."""
+    _check_target(out)
+    found = find_source(source, revision, stream=stream)
+    plan = _plan(found, scheme, dtype)
+    about = f"{found.repository or found.directory} as {plan.recipe_text}"
+    identity = Identity(_fingerprint(found, plan, allow_nan), about)
+    check_same(out, identity, restart)
+    _check_disk(out, found, plan, finished_bytes(out) - further_bytes)
+    return found, plan, identity
+
+
+def _resuming(partial: Partial, plan: Plan) -> str:
+    done = sum(
+        job.nbytes
+        for name, jobs in zip(plan.shard_names, plan.shards, strict=True)
+        for job in jobs
+        if name in partial.finished
+    )
+    text = f"Going on with {partial.path}: {len(partial.finished)} of {len(plan.shards)} files are done"
+    text += f" ({amount(done)} of {amount(plan.total_bytes)})"
+    return f"{text}; {partial.damaged} damaged ones are written again" if partial.damaged else text
 
 
 def _files(source: Source, plan: Plan, partial: Partial) -> Files:
-    if source.remote is None:
+    if not (source.remote and source.repository and source.commit):
         return Files(source.directory)
     shards = zip(plan.shard_names, plan.shards, strict=True)
     jobs = [job for name, shard in shards if name not in partial.finished for job in shard]
@@ -179,15 +275,15 @@ def _check_target(out: Path) -> None:
         raise CheckpointError(f"There is no directory {out.parent} to write {out.name} in; create it first.")
 
 
-def _check_disk(source: Source, plan: Plan, partial: Partial) -> None:
-    finished = sum((partial.path / name).stat().st_size for name in partial.finished)
+def _check_disk(out: Path, source: Source, plan: Plan, there: int) -> None:
+    """Raise CheckpointError unless the disk has room for what will be written, of which so many bytes are there."""
     download = max((size for size, _ in source.remote.values()), default=0) if source.remote else 0
-    needed = plan.file_bytes - finished + download + DISK_MARGIN
-    free = shutil.disk_usage(partial.path).free
+    needed = plan.file_bytes - there + download + DISK_MARGIN
+    free = shutil.disk_usage(out.parent).free
     if needed > free:
         raise CheckpointError(
-            f"{partial.out.parent} has {free / 1e9:.1f} GB free and the conversion needs {needed / 1e9:.1f}; "
-            "free some space or choose another disk."
+            f"{out.parent} has {free / 1e9:.1f} GB free and the conversion needs {needed / 1e9:.1f}; free some space "
+            "or choose another disk."
         )
 
 
@@ -222,7 +318,7 @@ def _write_rest(source: Source, report: ConversionReport, partial: Partial) -> N
 def _fingerprint(source: Source, plan: Plan, allow_nan: bool) -> str:
     """Equal exactly when finished shards of an earlier run are what this one would write."""
     content = {
-        "versions": [__version__, mx.__version__],
+        "versions": [__version__, metadata.version("mlx")],
         "source": source.identity,
         "tensors": [[output.name, output.dtype, output.shape] for output in plan.tensors],
         "modules": [repr(job.quantization) for job in plan.jobs],

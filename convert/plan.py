@@ -1,4 +1,4 @@
-"""What a conversion will write, computed from names and shapes alone: tensors, files, sizes, memory to run."""
+"""The plan of a conversion, computed from names and shapes alone: tensors, files, sizes, memory to run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..checkpoints.accounting import CONTEXT, memory_needed
 from ..checkpoints.safetensors import ITEM_BYTES, Entry, write_header
 from ..config import ModelConfig, Quantization
 from ..errors import CheckpointError
-from .quantization import NVFP4, RECIPES, Scheme, matches
+from .quantization import ASKED, NVFP4, RECIPES, Scheme, matches
 from .reading.names import GROUPS, group_of
 from .reading.sources import TENSOR_SCALE, Weight, describe, find_weights, some
 
@@ -73,7 +73,7 @@ class Plan:
 
     @cached_property
     def total_bytes(self) -> int:
-        """Of all tensors, which is also what the index calls `total_size`."""
+        """The bytes of all tensors, which the index calls `total_size`."""
         return sum(job.nbytes for job in self.jobs)
 
     @cached_property
@@ -92,7 +92,7 @@ class Plan:
 
     @cached_property
     def file_bytes(self) -> int:
-        """Of all weight files, headers included."""
+        """The bytes of all weight files, headers included."""
         return self.total_bytes + sum(len(shard_header(shard)) for shard in self.shards)
 
     @property
@@ -108,7 +108,7 @@ class Plan:
 
     def render(self, errors: Mapping[str, float] | None = None) -> str:
         """The plan as a person reads it; with the relative error of every group, if they are known."""
-        lines = [f"Source        {self.source}", f"Recipe        {self._recipe_text()}", ""]
+        lines = [f"Source        {self.source}", f"Recipe        {self.recipe_text}", ""]
         bits = self.group_bits
         for group, size in self.group_bytes.items():
             error = f", error {errors[group]:.2%}" if errors and group in errors else ""
@@ -127,14 +127,22 @@ class Plan:
             )
         return "\n".join(lines)
 
-    def _recipe_text(self) -> str:
+    @property
+    def recipe_text(self) -> str:
+        """The recipe as a person reads it, and what was changed of it."""
         if self.default_quantization is None:
             return f"none, all {self.dtype}"
-        return f"{self.scheme.recipe}: {RECIPES[self.scheme.recipe].summary}"
+        recipe, asked = RECIPES[self.scheme.recipe], self.scheme.asked
+        changes = [f"{pattern} {_width(wanted)}" for pattern, wanted in self.scheme.overrides]
+        if asked and (asked.mode, asked.bits) != ("affine", recipe.bits):
+            groups = [group for group, bits in recipe.groups.items() if bits == ASKED]
+            changes.insert(0, f"{', '.join(groups)} {_width(asked)}")
+            return f"{self.scheme.recipe}, but {'; '.join(changes)}"
+        return f"{self.scheme.recipe}: {recipe.summary}" + "".join(f"; {change}" for change in changes)
 
     @property
     def group_bits(self) -> dict[str, str]:
-        """How the matrices of every group are stored, in words."""
+        """Say in words how the matrices of every group are stored."""
         found: dict[str, dict[str, None]] = defaultdict(dict)
         for job in self.jobs:
             if len(job.weight.shape) > 1:
@@ -227,6 +235,13 @@ def _check_overrides(scheme: Scheme, weights: list[Weight]) -> None:
             raise CheckpointError(
                 f"No module is called {pattern!r}; give a pattern such as 'layers.0.*' or 'layers.*.self_attn.v_proj'."
             )
+
+
+def _width(quantization: Quantization | None) -> str:
+    """What a recipe or an override asks for, in words."""
+    if quantization is None:
+        return "unquantized"
+    return f"at {quantization.bits} bits" if quantization.mode == "affine" else f"in {quantization.mode}"
 
 
 def _label(quantization: Quantization | None, dtype: str) -> str:

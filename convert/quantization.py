@@ -1,4 +1,4 @@
-"""Which module gets how many bits: modes and recipes as data, and what they make of one checkpoint. No arrays here."""
+"""The bits that each module gets: modes and recipes as data, and what they make of one checkpoint. No arrays here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Bits = int | Literal["auto"] | None
 
 @dataclass(frozen=True)
 class Mode:
-    """What `mx.quantize` offers under one name; the first of each is the default."""
+    """The choices that `mx.quantize` offers in one mode; the first of each is the default."""
 
     bits: tuple[int, ...]
     group_sizes: tuple[int, ...]
@@ -114,7 +114,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Scheme:
-    """What the modules of a checkpoint become. Build it with `make_scheme`, which checks it.
+    """A choice of quantization for every module of a checkpoint. Build it with `make_scheme`, which checks it.
 
     asked: for the recipe's ASKED groups; None leaves everything unquantized.
     keep_nvfp4: carry over the modules that the source has in NVFP4.
@@ -136,11 +136,12 @@ class Scheme:
             return None
         if is_nvfp4 and self.keep_nvfp4:
             return NVFP4
-        return self.asked if bits == ASKED else self._affine(bits)
+        return self.asked if bits == ASKED else _affine(self.asked, bits)
 
-    def _affine(self, bits: int) -> Quantization:
-        is_affine = self.asked.mode == "affine"
-        return Quantization(self.asked.group_size if is_affine else QUANTIZATION_MODES["affine"].group_sizes[0], bits)
+
+def _affine(asked: Quantization, bits: int) -> Quantization:
+    is_affine = asked.mode == "affine"
+    return Quantization(asked.group_size if is_affine else QUANTIZATION_MODES["affine"].group_sizes[0], bits)
 
 
 def make_scheme(
@@ -176,7 +177,7 @@ def make_quantization(bits: int | None, group_size: int | None, mode: str) -> Qu
 
 
 def parse_setting(text: str, group_size: int | None = None) -> Quantization | None:
-    """What an override says: a number of bits, a mode, or "none" for unquantized. Raises CheckpointError."""
+    """Read an override: a number of bits, a mode, or "none" for unquantized. Raises CheckpointError."""
     if text == "none":
         return None
     if text in QUANTIZATION_MODES and text != "affine":

@@ -1,4 +1,4 @@
-"""What a conversion did, for people and for programs."""
+"""The report of a conversion, for people and for programs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ConversionReport:
         return sorted(self.errors.items(), key=lambda module: (-module[1], module[0]))[:WORST]
 
     def to_dict(self) -> dict[str, Any]:
-        """What conversion.json holds: nothing that differs between two runs on the same source."""
+        """The content of conversion.json: nothing that differs between two runs on the same source."""
         plan = self.plan
         errors, bits = self.group_errors, plan.group_bits
         return {

@@ -19,13 +19,18 @@ process.standardOutput = pipe
 try process.run()
 
 var answer = ""
-for try await line in pipe.fileHandleForReading.bytes.lines {
-    let event = try JSONDecoder().decode(Event.self, from: Data(line.utf8))
-    switch event.type {
-    case "draft": print("step \(event.step!)/\(event.max_steps!): \(answer + event.text!)")
-    case "commit": answer += event.text!
-    case "done": print("\(answer)\n(\(event.finish_reason!))")
-    default: break
+var unread = Data()
+while case let new = pipe.fileHandleForReading.availableData, !new.isEmpty {
+    unread.append(new)
+    while let end = unread.firstIndex(of: UInt8(ascii: "\n")) {  // by bytes: a text may hold other line separators
+        let event = try JSONDecoder().decode(Event.self, from: unread[..<end])
+        unread = Data(unread[(end + 1)...])
+        switch event.type {
+        case "draft": print("step \(event.step!)/\(event.max_steps!): \(answer + event.text!)")
+        case "commit": answer += event.text!
+        case "done": print("\(answer)\n(\(event.finish_reason!))")
+        default: break
+        }
     }
 }
 process.waitUntilExit()

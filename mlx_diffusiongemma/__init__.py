@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .filling.forms import Choice, Digits, Form, Text, fill
     from .filling.infilling import Hole, Infilled, infill
     from .filling.search import Attempt
+    from .generation.asynchronous import agenerate, astream
     from .generation.batch import generate_batch
     from .generation.canvas import Canvas
     from .generation.replying import collect, generate, stream
@@ -51,6 +52,7 @@ _HOMES = {
     "processing.processor": ("Processor", "Prompt"),
     "checkpoints.loading": ("load",),
     "generation.canvas": ("Canvas",),
+    "generation.asynchronous": ("agenerate", "astream"),
     "generation.batch": ("generate_batch",),
     "generation.replying": ("collect", "generate", "stream"),
     "generation.session": ("ChatSession",),
@@ -62,27 +64,75 @@ _HOMES = {
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = ["__version__", *sorted(_HOME_OF)]
+__all__ = [
+    "MODES",
+    "Attempt",
+    "BusyError",
+    "Canvas",
+    "CanvasError",
+    "ChatSession",
+    "CheckpointError",
+    "Choice",
+    "Commit",
+    "DiffusionGemmaError",
+    "Digits",
+    "Done",
+    "Draft",
+    "Edited",
+    "Event",
+    "Filled",
+    "Form",
+    "GenerationOptions",
+    "Hole",
+    "Infilled",
+    "MemoryWarning",
+    "MissingBackendError",
+    "ModelConfig",
+    "Prefill",
+    "Processor",
+    "Prompt",
+    "PromptError",
+    "Quantization",
+    "Reply",
+    "Result",
+    "Stats",
+    "Text",
+    "ToolCall",
+    "__version__",
+    "agenerate",
+    "astream",
+    "choose",
+    "collect",
+    "edit",
+    "fill",
+    "generate",
+    "generate_batch",
+    "infill",
+    "load",
+    "stream",
+]
 
 
-def __getattr__(name: str):
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
-        module = importlib.import_module(f".{_HOME_OF[name]}", __name__)
-    except ImportError as error:
-        # On Linux, MLX is an extra, and its package without a backend cannot load its library.
-        if (error.name or "").split(".")[0] == "mlx" or "libmlx" in str(error):
-            from .errors import MissingBackendError
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one of these
 
-            raise MissingBackendError(
-                "MLX is not installed for this machine; run: pip install 'mlx-diffusiongemma[cpu]' "
-                "(or [cuda] for an NVIDIA GPU)."
-            ) from None
-        raise
-    value = getattr(module, name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> object:
+        if name not in _HOME_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            module = importlib.import_module(f".{_HOME_OF[name]}", __name__)
+        except ImportError as error:
+            # On Linux, MLX is an extra, and its package without a backend cannot load its library.
+            if (error.name or "").split(".")[0] == "mlx" or "libmlx" in str(error):
+                from .errors import MissingBackendError
+
+                raise MissingBackendError(
+                    "MLX is not installed for this machine; run: pip install 'mlx-diffusiongemma[cpu]' "
+                    "(or [cuda] for an NVIDIA GPU)."
+                ) from None
+            raise
+        value = getattr(module, name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import warnings
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -12,63 +14,185 @@ from typer.core import TyperGroup
 from .commands.bench import bench
 from .commands.chatting.chat import chat
 from .commands.check import check
+from .commands.common import Verb
 from .commands.convert import EPILOG, convert
 from .commands.demo import demo
 from .commands.edit import edit
 from .commands.generate import generate
 from .commands.infill import infill
+from .commands.models import models
 from .commands.replay import replay
 from .errors import DiffusionGemmaError
+
+EXAMPLES = {
+    "convert": """
+        mlx-dg convert
+        mlx-dg convert --recipe small --dry-run
+        mlx-dg convert ./my-finetune ./my-finetune-8bit --q8
+        mlx-dg convert --q4 --stream --upload me/diffusiongemma-4bit""",
+    "generate": """
+        mlx-dg generate "Why is the sky blue?"
+        git diff | mlx-dg generate --system "Write a commit message."
+        mlx-dg generate "What is this?" --image photo.jpg --mode fast
+        mlx-dg generate "Tell me a story" --trace story.jsonl --heat""",
+    "chat": """
+        mlx-dg chat
+        mlx-dg chat --system "Be brief." --thinking
+        mlx-dg chat --tools tools.py --mode fast
+        mlx-dg chat < questions.txt > answers.txt""",
+    "infill": """
+        mlx-dg infill draft.py --hole TODO --tokens 64
+        echo "The <FILL> is blue." | mlx-dg infill -
+        mlx-dg infill letter.txt --instruction "Be polite." --exact""",
+    "edit": """
+        mlx-dg edit client.py "make it async" --lines 10:20
+        mlx-dg edit notes.md "fix the grammar" --lines 3 --strength 0.4
+        mlx-dg edit client.py "add types" --lines 1:30 --write""",
+    "demo": """
+        mlx-dg demo
+        mlx-dg demo --seed 7 --canvas""",
+    "check": """
+        mlx-dg check diffusiongemma-26B-A4B-it-4bit
+        mlx-dg check ./my-finetune-8bit && echo fine""",
+    "replay": """
+        mlx-dg replay story.jsonl --speed 2 --heat
+        mlx-dg replay story.jsonl --svg story.svg
+        mlx-dg replay story.jsonl --gif story.gif --entropy entropy.svg""",
+    "bench": """
+        mlx-dg bench
+        mlx-dg bench --plan --context 32768
+        mlx-dg bench --steps 4,8 --json > report.json
+        mlx-dg bench --against mlx-community/gemma-3-4b-it-4bit""",
+    "models": """
+        mlx-dg models
+        mlx-dg generate "Hello" --model my-finetune-8bit
+        mlx-dg models remove my-finetune-8bit
+        mlx-dg models remove my-finetune-8bit --keep-files""",
+}
+
+# What helps where the system refuses, by its reason.
+HINTS = {
+    errno.ENOSPC: "free some space, or write elsewhere",
+    errno.EDQUOT: "free some space, or write elsewhere",
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+    errno.EROFS: "write elsewhere",
+    errno.ENOENT: "check the path",
+    errno.EISDIR: "give a file's path",
+    errno.ENOTDIR: "check the path",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.EIO: "check the disk",
+    errno.EMFILE: "close other programs and try again",
+    errno.ENOMEM: "close other programs and try again",
+}
 
 
 class _Verbs(TyperGroup):
     """Turns what a user can do something about into one sentence and an exit code."""
 
-    def invoke(self, context):
+    def invoke(self, context: Any) -> Any:
+        """Run a verb; its errors are printed, not raised."""
         try:
-            return super().invoke(context)
+            result = super().invoke(context)
+            sys.stdout.flush()
+            return result
         except DiffusionGemmaError as error:
-            typer.echo(f"mlx-dg: {error}", err=True)
-            raise typer.Exit(1) from None
+            _fail(str(error), 1)
         except KeyboardInterrupt:
-            typer.echo("mlx-dg: interrupted", err=True)
-            raise typer.Exit(130) from None
+            _fail("interrupted", 130)
         except BrokenPipeError:
             # Whoever read the answer has seen enough; the interpreter must not complain about it either.
             sys.stdout = None
             raise typer.Exit(0) from None
         except OSError as error:
-            typer.echo(f"mlx-dg: {error}; check the path and its permissions.", err=True)
-            raise typer.Exit(1) from None
+            if error.filename is None:  # what cannot be written cannot be written at the exit either
+                sys.stdout = None
+            _fail(_sentence(error), 1)
+
+
+def _fail(sentence: str, code: int) -> None:
+    typer.echo(f"mlx-dg: {sentence}", err=True)
+    raise typer.Exit(code) from None
+
+
+def _sentence(error: OSError) -> str:
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    what = "The output could not be written" if error.filename is None else f"{error.filename} cannot be used"
+    return f"{what} ({reason}); {HINTS.get(error.errno or 0, 'check the path and the disk')}."
 
 
 app = typer.Typer(
     cls=_Verbs,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    # Rich would read the brackets in help texts as markup, and cut words off in narrow terminals.
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="DiffusionGemma on Apple silicon, in pure MLX.",
+    epilog="Begin with `mlx-dg demo`, which downloads nothing; `mlx-dg VERB --help` has examples.",
 )
 
 
 def main() -> None:
+    """Run the command with what is in `sys.argv`."""
     # Pillow's remarks on odd files; what cannot be read is an error of ours.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    # Transformers' remark that PyTorch is not installed, of which it needs only tokenizers here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     app()
 
 
+def _print_version(show: bool) -> None:
+    if not show:
+        return
+    from . import __version__
+
+    typer.echo(f"mlx-dg {__version__}\n{_backend()}")
+    raise typer.Exit
+
+
+def _backend() -> str:
+    """MLX's version and the device that it computes on, or why there is none."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as version_of
+
+    try:
+        import mlx.core as mx
+
+        device = mx.device_info() if mx.default_device() == mx.gpu else {}
+        name = device.get("device_name", "GPU") if mx.default_device() == mx.gpu else "CPU"
+        return f"MLX {version_of('mlx')} on {name}"
+    except (ImportError, PackageNotFoundError, RuntimeError) as error:
+        return f"MLX cannot be used: {str(error).splitlines()[0]}"
+
+
 @app.callback(invoke_without_command=True)
-def version(
-    show: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version, MLX's and its device; exit."
+        ),
+    ] = False,
 ) -> None:
-    if show:
-        from . import __version__
-
-        typer.echo(__version__)
-        raise typer.Exit
+    pass
 
 
-app.command(epilog=EPILOG)(convert)
-for verb in (generate, chat, infill, edit, demo, check, replay, bench):
-    app.command()(verb)
+def _epilog(name: str, more: str = "") -> str:
+    """The examples of a verb as lines that help keeps as they are."""
+    lines = [line.strip() for line in EXAMPLES[name].strip().splitlines()]
+    return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)]) + (f"\n\n{more}" if more else "")
+
+
+app.command(
+    cls=Verb, epilog=_epilog("convert", EPILOG), short_help="Quantize a published checkpoint, in little memory."
+)(convert)
+app.command(cls=Verb, epilog=_epilog("generate"), short_help="Answer a prompt.")(generate)
+app.command(cls=Verb, epilog=_epilog("chat"), short_help="Talk; every turn costs only what is new.")(chat)
+app.command(cls=Verb, epilog=_epilog("infill"), short_help="Fill the holes in a text and print it.")(infill)
+app.command(cls=Verb, epilog=_epilog("edit"), short_help="Rewrite some lines of a file; print the diff.")(edit)
+app.command(cls=Verb, epilog=_epilog("demo"), short_help="Run the small checkpoint in this package.")(demo)
+app.add_typer(models, name="models", epilog=_epilog("models"), short_help="List the models known here; remove one.")
+app.command(cls=Verb, epilog=_epilog("check"), short_help="Read a checkpoint and say what is wrong with it.")(check)
+app.command(cls=Verb, epilog=_epilog("replay"), short_help="Play a recorded generation again, or draw it.")(replay)
+app.command(cls=Verb, epilog=_epilog("bench"), short_help="Measure this machine, and where the time goes.")(bench)

@@ -24,7 +24,7 @@ DEFAULT_ROPE = {
 
 @dataclass(frozen=True)
 class LayerConfig:
-    """What differs between layers: `kind` is "sliding_attention" or "full_attention"."""
+    """The settings that differ between layers: `kind` is "sliding_attention" or "full_attention"."""
 
     kind: str
     head_dim: int
@@ -101,7 +101,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How weights are quantized: `overrides` maps a module path to its own (group_size, bits, mode), or to None
+    """The way weights are quantized: `overrides` maps a module path to its own (group_size, bits, mode), or to None
     where the module is not quantized.
     """
 
@@ -129,7 +129,7 @@ class Quantization:
         try:
             group_size, bits, mode = int(config["group_size"]), int(config["bits"]), config.get("mode", "affine")
         except (KeyError, TypeError, ValueError, OverflowError):
-            group_size = bits = mode = None
+            group_size, bits, mode = 0, 0, None
         if not isinstance(mode, str) or group_size < 1 or bits < 1:
             raise CheckpointError(
                 f"config.json: `{where}` needs whole numbers for group_size and bits, and a mode by name; "
@@ -245,12 +245,12 @@ def check_object(value: Any, where: str, file: str = "config.json") -> dict[str,
 def _check_count(value: Any, name: str) -> int:
     if not is_whole(value, 1):
         raise CheckpointError(f"config.json: {name} is {value!r}, not a whole number above 0; download it again.")
-    return value
+    return int(value)
 
 
 def _plain_values(cls: type, config: dict[str, Any], where: str) -> dict[str, Any]:
     """The values of the dataclass's numbers, flags and strings; those left out take its defaults."""
-    kinds = {"int": int, "float": (int, float), "bool": bool, "str | None": str}
+    kinds: dict[Any, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str | None": str}
     plain = [f for f in fields(cls) if f.type in kinds]
     _require(config, {f.name for f in plain if f.default is MISSING}, where)
     values = {f.name: config[f.name] for f in plain if config.get(f.name) is not None}

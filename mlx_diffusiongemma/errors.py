@@ -1,4 +1,4 @@
-"""What can go wrong for a user. Each error is one sentence that says what is wrong and what to do."""
+"""Errors that a user can do something about. Each is one sentence that says what is wrong and what to do."""
 
 
 class DiffusionGemmaError(Exception):

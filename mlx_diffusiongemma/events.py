@@ -1,4 +1,4 @@
-"""What generation reports while it runs: plain Python data, safe to hand to any thread."""
+"""Events that generation reports while it runs: plain Python data, safe to hand to any thread."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Prefill:
-    """`done` of the prompt's `total` tokens are encoded."""
+    """Progress with the prompt: `done` of its `total` tokens are encoded."""
 
     done: int
     total: int
@@ -90,7 +90,7 @@ class Commit:
 
 @dataclass(frozen=True)
 class Stats:
-    """What a request cost. Times are seconds of wall clock, memory is bytes.
+    """The cost of a request. Times are seconds of wall clock, memory is bytes.
 
     `cached_tokens` of the prompt's were not encoded again; `generated_tokens` counts what was committed; `steps` holds
     the denoising steps of each canvas; `retries` counts the empty first canvases that were denoised again.
@@ -138,7 +138,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Filled:
-    """`done` of the text's `total` holes have the tokens that they keep. Only what fills holes reports it."""
+    """So many holes of the text's `total` have the tokens that they keep: `done`. Only what fills holes reports it."""
 
     done: int
     total: int

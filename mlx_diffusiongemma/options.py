@@ -103,6 +103,21 @@ class GenerationOptions:
         return replace(self, **{name: getattr(checkpoint, name) for name in unset})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings(GenerationOptions):
+    """Options with nothing left open, the seed neither: what a request runs with."""
+
+    max_steps: int
+    entropy_bound: float
+    t_max: float
+    t_min: float
+    stability: int
+    confidence: float
+    end_tokens: tuple[int, ...]
+    seed: int
+    canvas_length: int
+
+
 def check_seed(seed: int | None) -> None:
     """Raises PromptError where `seed` is neither None nor one that random draws can start from."""
     if seed is not None and not (is_whole(seed, 0) and seed < 2**64):

@@ -9,6 +9,13 @@ import mlx_diffusiongemma
 DEMO = Path(mlx_diffusiongemma.__file__).parent / "demo"
 
 
+@pytest.fixture(autouse=True)
+def own_places(tmp_path_factory, monkeypatch):
+    """What a test remembers and caches is its own, and never the user's."""
+    for variable in ("XDG_DATA_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path_factory.mktemp(variable.lower())))
+
+
 @pytest.fixture(scope="session")
 def demo_float32(tmp_path_factory):
     """The demo checkpoint's directory, unquantized in float32: quantized products are slow on a CPU."""

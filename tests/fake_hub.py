@@ -37,12 +37,21 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, body):
         url = urlsplit(self.path)
         parts = [part for part in url.path.split("/") if part]
-        if parts[:2] == ["api", "models"] and len(parts) >= 4:
+        if parts == ["api", "whoami-v2"]:
+            self._user(self.headers.get("Authorization", "").removeprefix("Bearer "))
+        elif parts[:2] == ["api", "models"] and len(parts) >= 4:
             self._info(self.root / parts[2] / parts[3], "tree" in parts)
         elif "resolve" in parts and parts.index("resolve") == 2:
             self._file(self.root.joinpath(*parts[:2], *parts[4:]), body)
         else:
             self._json({"error": "no such page"}, 404)
+
+    def _user(self, token):
+        """Tokens are hf_x, which may write, and hf_read."""
+        if token not in ("hf_x", "hf_read"):
+            return self._json({"error": "Invalid user token"}, 401)
+        role = "write" if token == "hf_x" else "read"
+        return self._json({"type": "user", "name": "someone", "auth": {"accessToken": {"role": role}}})
 
     def _info(self, repository, tree):
         if not repository.is_dir():

@@ -28,6 +28,7 @@ class ScriptedCache:
 
     def __init__(self, number: int | None = None) -> None:
         self.number = number
+        self.padding = None
         self.offset = 0
         self.labels: list[int] = []
         self.encoded: list[list[list[int]]] = []

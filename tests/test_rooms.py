@@ -5,9 +5,13 @@ import subprocess
 import sys
 import tomllib
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 import mlx_diffusiongemma
+from mlx_diffusiongemma import convert
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "mlx_diffusiongemma"
@@ -16,6 +20,7 @@ PACKAGE = "mlx_diffusiongemma"
 LAYERS = [
     {"errors", "events"},
     {"paths"},
+    {"files"},
     {"config"},
     {"options"},
     {"model", "processing"},
@@ -26,6 +31,7 @@ LAYERS = [
     {"benchmark"},
     {"commands"},
     {"cli"},
+    {"freezing"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MOST_LINES, MOST_MODULES = 400, 12
@@ -151,6 +157,30 @@ def test_the_import_is_silent_and_light():
 def test_everything_exported_can_be_imported():
     for name in mlx_diffusiongemma.__all__:
         assert getattr(mlx_diffusiongemma, name) is not None
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_docstrings_begin_with_a_sentence_that_stands_alone(module):
+    """What `help` shows first must make sense to someone who has not read the code."""
+    fragments = {"Of", "What", "As", "Which", "How", "In"}
+    documented = [("", tree := ast.parse(SOURCES[module].read_text())), *public_definitions(tree)]
+    for name, node in documented:
+        first = (ast.get_docstring(node) or "Nothing").split()[0]
+        assert first[0].isupper() and first not in fragments, f"{module}.{name} begins with {first!r}"
+
+
+def public_definitions(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """Classes and functions without a leading underscore, those of such classes too."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef) and not child.name.startswith("_"):
+            yield child.name, child
+            if isinstance(child, ast.ClassDef):
+                yield from public_definitions(child)
+
+
+def test_what_is_imported_on_first_use_is_what_is_listed():
+    for package in (mlx_diffusiongemma, convert):
+        assert set(package.__all__) - {"__version__"} == set(package._HOME_OF)
 
 
 def test_every_error_can_be_imported_from_the_package():

@@ -1,4 +1,4 @@
-"""What every tensor of a DiffusionGemma checkpoint is called, and what belongs together.
+"""The names of all tensors of a DiffusionGemma checkpoint, and which belong together.
 
 The published (Hugging Face) layout and mlx-community's differ in one thing: the stacked experts have no `.weight` there
 and have one here. Everything else keeps its key.

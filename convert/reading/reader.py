@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...checkpoints.safetensors import ITEM_BYTES, Entry, read_header
+from ...config import Quantization
 from ...errors import CheckpointError
 from ..writing.hashes import file_sha256, known_sha256
 from .sources import TENSOR_SCALE, Piece, Stored, Weight
@@ -88,23 +89,24 @@ class Reader:
         return mx.array(values).view(MX_DTYPES[entry.dtype]).reshape(count, columns)
 
     def row_scales(self, stored: Stored, role: str, first: int, count: int) -> mx.array:
-        """Of a scale that holds for one or more whole rows each: those of rows [first, first + count), float32
-        [count, 1].
-        """
+        """Read a scale for each of the rows [first, first + count), float32 [count, 1]; rows can share a stored one."""
         entry, each = stored.entries[role], stored.rows_per_scale(role)
         column = replace(entry, shape=(stored.rows // each, 1))
         low, high = first // each, (first + count - 1) // each + 1
         return self.rows(column, low, high - low).astype(mx.float32)[mx.arange(first, first + count) // each - low]
 
     def codes(self, stored: Stored, first: int, count: int) -> list[mx.array]:
-        """What MLX calls weight, scales and, in affine mode, biases of rows [first, first + count)."""
+        """Read what MLX calls weight, scales and, in affine mode, biases of rows [first, first + count)."""
         found = [self.rows(stored.entries[role], first, count) for role in CODE_ROLES if role in stored.entries]
         return [found[0].view(mx.uint32), *found[1:]]
 
     def decoded(self, piece: Piece, first: int, count: int, dtype: mx.Dtype) -> mx.array:
         """Rows [first, first + count) of a piece as values, [count, columns]. Raises CheckpointError."""
         stored = piece.stored
-        values = DECODERS[stored.encoding](self, stored, piece.first + first, count)
+        if stored.quantization is None:
+            values = DECODERS[stored.encoding](self, stored, piece.first + first, count)
+        else:
+            values = _quantized(self, stored, stored.quantization, piece.first + first, count)
         narrowed = values.astype(dtype)
         if dtype == mx.float16 and values.dtype != dtype and not self.allow_nan and not mx.isfinite(narrowed).all():
             raise CheckpointError(f"{stored.weight.name} has values beyond float16's range; keep bfloat16 or float32.")
@@ -137,20 +139,24 @@ def _fp8(reader: Reader, stored: Stored, first: int, count: int) -> mx.array:
     return values * reader.row_scales(stored, "weight_scale", first, count)
 
 
-def _quantized(reader: Reader, stored: Stored, first: int, count: int) -> mx.array:
+def _quantized(reader: Reader, stored: Stored, codes: Quantization, first: int, count: int) -> mx.array:
     weight, scales, *biases = reader.codes(stored, first, count)
     if biases:
         scales, biases = scales.astype(mx.float32), [biases[0].astype(mx.float32)]
-    codes = stored.quantization
-    values = mx.dequantize(
-        weight, scales, *biases, group_size=codes.group_size, bits=codes.bits, mode=codes.mode, dtype=mx.float32
-    )
+    values = dequantize([weight, scales, *biases], codes, mx.float32)
     if TENSOR_SCALE in stored.entries:
         values *= reader.row_scales(stored, TENSOR_SCALE, first, count)
     return values
 
 
-DECODERS = {"plain": _plain, "fp8": _fp8, "nvfp4": _quantized, "mlx affine": _quantized, "mlx float": _quantized}
+def dequantize(arrays: Sequence[mx.array], codes: Quantization, dtype: mx.Dtype | None = None) -> mx.array:
+    """The values of (weight, scales) and, in affine mode, biases."""
+    weight, scales, *biases = arrays
+    bias = biases[0] if biases else None
+    return mx.dequantize(weight, scales, bias, codes.group_size, codes.bits, codes.mode, dtype=dtype)
+
+
+DECODERS = {"plain": _plain, "fp8": _fp8}  # of what MLX has no codes for
 
 
 def _is_finite(values: np.ndarray, mask: int) -> bool:

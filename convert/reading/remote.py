@@ -13,7 +13,7 @@ WHOLE = (*COMPANIONS, "model*.safetensors")
 
 
 def download(repository: str, revision: str | None, weights: bool = True) -> Path:
-    """What `download_snapshot` returns, with or without the repository's weights. Raises CheckpointError."""
+    """Download a repository, with or without its weights, as `download_snapshot` does. Raises CheckpointError."""
     return download_snapshot(repository, revision, WHOLE if weights else COMPANIONS)
 
 

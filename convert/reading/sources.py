@@ -34,7 +34,7 @@ TENSOR_SCALE = "weight_scale_2"  # float32, beside NVFP4's block scales
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a weight is stored: the types of its `weight`, and of the tensors that must and may lie beside it."""
+    """A way to store a weight: the types of its `weight`, and of the tensors that must and may lie beside it."""
 
     summary: str
     dtypes: tuple[str, ...]
@@ -84,7 +84,7 @@ class Stored:
         return math.prod(self.shape[:-1])
 
     def rows_per_scale(self, role: str) -> int:
-        """How many rows in succession share one of the scales under `role`."""
+        """The number of rows in succession that share one of the scales under `role`."""
         return self.rows // math.prod(self.entries[role].shape)
 
 
@@ -115,7 +115,7 @@ class Weight:
 
     @property
     def quantization(self) -> Quantization | None:
-        """What the codes of every piece are in MLX's terms; None unless all agree."""
+        """The quantization of every piece in MLX's terms; None unless all agree."""
         found = {piece.stored.quantization for piece in self.pieces}
         return found.pop() if len(found) == 1 else None
 
@@ -146,10 +146,12 @@ def find_weights(entries: Iterable[Entry], config: ModelConfig) -> list[Weight]:
     weights, missing = [], []
     for published, shape in expected_tensors(config).items():
         name = layout_name(published)
+        if name is None:
+            continue
         stack = modules.pop(module_path(name), None)
         absent = _absent(stack, module_path(name), shape) if stack else [published]
         missing += absent
-        if not absent:
+        if stack and not absent:
             weights.append(Weight(name, shape, _pieces(stack, module_path(name), shape, config)))
     if missing:
         raise CheckpointError(f"The checkpoint lacks {some(missing)}; download it again or check its configuration.")
@@ -160,7 +162,7 @@ def find_weights(entries: Iterable[Entry], config: ModelConfig) -> list[Weight]:
 
 
 def describe(weights: Iterable[Weight]) -> str:
-    """What kind of checkpoint the weights come from, in one line."""
+    """Say in one line what kind of checkpoint the weights come from."""
     sizes: dict[str, int] = defaultdict(int)
     codes: dict[Quantization, int] = defaultdict(int)
     per_expert = False
@@ -169,12 +171,12 @@ def describe(weights: Iterable[Weight]) -> str:
             stored = piece.stored
             label = ENCODINGS[stored.encoding].summary
             sizes[f"{label} {stored.weight.dtype}" if stored.encoding == "plain" else label] += math.prod(stored.shape)
-            if stored.weight.dtype == "U32":
+            if stored.quantization and stored.weight.dtype == "U32":
                 codes[stored.quantization] += math.prod(stored.shape)
         per_expert |= len(weight.pieces) > 2 and len(weight.shape) == 3
-    main = " and ".join(sorted(sizes, key=sizes.get, reverse=True)[:2])
+    main = " and ".join(sorted(sizes, key=sizes.__getitem__, reverse=True)[:2])
     if codes:
-        most = max(codes, key=codes.get)
+        most = max(codes, key=codes.__getitem__)
         main += f" (mostly {most.mode} {most.bits}-bit, group size {most.group_size})"
     return f"{main}, {'one key per expert' if per_expert else 'stacked experts'}"
 
@@ -244,8 +246,8 @@ def _stored(entries: dict[str, Entry], path: str, shape: tuple[int, ...], config
             raise CheckpointError(f"{_at(weight)} is quantized, but config.json does not say how; download it again.")
         encoding = "mlx affine" if codes.mode == "affine" else "mlx float"
     else:
-        encoding = next((name for name, kind in ENCODINGS.items() if weight.dtype in kind.dtypes), None)
-        if encoding is None:
+        encoding = next((name for name, kind in ENCODINGS.items() if weight.dtype in kind.dtypes), "")
+        if not encoding:
             raise CheckpointError(f"{_at(weight)} has the type {weight.dtype}, which is not read; save it in bfloat16.")
     if encoding == "nvfp4":
         codes = NVFP4
@@ -278,9 +280,9 @@ def _check_shapes(stored: Stored) -> None:
     expected = {"weight": stored.shape}
     if stored.encoding == "nvfp4":
         expected = {"weight": (*rows, columns // 2), "weight_scale": (*rows, columns // NVFP4.group_size)}
-    elif stored.weight.dtype == "U32":
-        groups = (*rows, columns // stored.quantization.group_size)
-        expected = {"weight": (*rows, columns * stored.quantization.bits // 32), "scales": groups}
+    elif codes := stored.quantization:
+        groups = (*rows, columns // codes.group_size)
+        expected = {"weight": (*rows, columns * codes.bits // 32), "scales": groups}
         expected |= {"biases": groups} if "biases" in stored.entries else {}
     for role, shape in expected.items():
         entry = stored.entries[role]

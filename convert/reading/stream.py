@@ -10,7 +10,7 @@ from ...checkpoints.hub import Interrupted
 from ...checkpoints.safetensors import Entry
 from ..plan import Job
 from ..writing.hashes import file_sha256
-from . import remote as hub
+from . import remote
 from .reader import Files
 from .sources import Weight
 
@@ -40,7 +40,7 @@ class StreamedFiles(Files):
     def provide(self, name: str) -> Path:
         for other in list(self._opened):
             self._shrink(other)
-        path = hub.download_file(self.repository, self.commit, name, self.directory)
+        path = remote.download_file(self.repository, self.commit, name, self.directory)
         known = self.hashes.get(name)
         if known and file_sha256(path) != known:
             path.unlink()

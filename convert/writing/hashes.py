@@ -21,7 +21,7 @@ def file_sha256(path: Path) -> str:
 
 
 def known_sha256(path: Path) -> str | None:
-    """What the content of `path` should hash to, if something says so.
+    """The hash that the content of `path` should have, if something says so.
 
     The hub's cache names large files by their hash, its downloads into a directory note it, and our own conversions
     list it.

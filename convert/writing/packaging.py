@@ -10,9 +10,10 @@ from typing import Any
 from ...checkpoints.safetensors import INDEX_NAME
 from ...config import ModelConfig, read_json
 from ...errors import CheckpointError
+from ...files import write_whole
 from ..plan import Plan
 from ..quantization import as_config
-from .partial import write_json, write_whole
+from .partial import write_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")  # one of them must be there
 COPIED = (
@@ -56,7 +57,7 @@ def write_companions(source: Path, target: Path, plan: Plan) -> None:
 
 
 def converted_config(source: Path, plan: Plan) -> dict[str, Any]:
-    """config.json as mlx-community writes it: the hub's spelling, with generation_config and quantization inside."""
+    """Make config.json as mlx-community has it: the hub's spelling, with generation_config and quantization inside."""
     config = copy.deepcopy(read_json(source / "config.json"))
     for stale in ("quantization", "quantization_config", "torch_dtype", "_name_or_path"):
         config.pop(stale, None)
@@ -109,7 +110,7 @@ mlx-dg generate --model . "Why is the sky blue?"
 
 
 def _hub_spelling(text: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """`per_layer_config`, which Transformers writes when it saves again, as the hub's two global keys."""
+    """Spell `per_layer_config`, which Transformers writes when it saves again, as the hub's two global keys."""
     full = {(layer.head_dim, layer.num_key_value_heads) for layer in config.text.layers if not layer.is_sliding}
     if text.get("per_layer_config") is not None and len(full) == 1:
         del text["per_layer_config"]

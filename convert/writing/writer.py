@@ -14,7 +14,7 @@ import numpy as np
 
 from ...config import Quantization
 from ..plan import Job, shard_header
-from ..reading.reader import MX_DTYPES, Reader, slabs
+from ..reading.reader import MX_DTYPES, Reader, dequantize, slabs
 from ..reading.sources import TENSOR_SCALE, Weight
 
 Arrays = tuple[mx.array, ...]
@@ -52,7 +52,7 @@ def write_shard(
 
 @dataclass
 class Loss:
-    """What quantizing took away, as sums of squares over the slabs that were measured."""
+    """The loss by quantizing, as sums of squares over the slabs that were measured."""
 
     error: float = 0.0
     reference: float = 0.0
@@ -75,12 +75,13 @@ def job_bytes(job: Job, reader: Reader, dtype: mx.Dtype, loss: Loss) -> Iterator
     for arrays in zip(*kept, strict=True):
         for array in arrays:
             yield _as_bytes(array)
-    if job.is_carried and job.weight.tensor_scale_shape is not None:
-        yield _as_bytes(_tensor_scales(job.weight, reader))
+    scale_shape = job.weight.tensor_scale_shape
+    if job.is_carried and scale_shape is not None:
+        yield _as_bytes(_tensor_scales(job.weight, scale_shape, reader))
 
 
 def quantize(values: mx.array, quantization: Quantization) -> Arrays:
-    """(weight, scales) and, in affine mode, biases of `values` [rows, columns]."""
+    """Quantize `values` [rows, columns] to (weight, scales) and, in affine mode, biases."""
     return tuple(mx.quantize(values, quantization.group_size, quantization.bits, quantization.mode))
 
 
@@ -103,22 +104,17 @@ def _encoded(job: Job, reader: Reader, dtype: mx.Dtype, loss: Loss) -> Iterator[
 
 def _measure(values: mx.array, arrays: Arrays, quantization: Quantization, loss: Loss) -> None:
     rows = slice(0, MEASURED_ROWS)
-    decoded = mx.dequantize(
-        *(array[rows] for array in arrays),
-        group_size=quantization.group_size,
-        bits=quantization.bits,
-        mode=quantization.mode,
-    )
+    decoded = dequantize([array[rows] for array in arrays], quantization)
     values = values[rows].astype(mx.float32)
-    loss.error += mx.square(values - decoded).sum().item()
-    loss.reference += mx.square(values).sum().item()
+    loss.error += float(mx.square(values - decoded).sum())
+    loss.reference += float(mx.square(values).sum())
 
 
-def _tensor_scales(weight: Weight, reader: Reader) -> mx.array:
-    """The factors beside the block scales, float32, in the shape `weight.tensor_scale_shape`."""
+def _tensor_scales(weight: Weight, shape: tuple[int, ...], reader: Reader) -> mx.array:
+    """The factors beside the block scales, float32, in their `shape`: one per matrix or per row."""
     rows = [reader.row_scales(p.stored, TENSOR_SCALE, p.first, p.rows) for p in weight.pieces]
     per_row = mx.concatenate(rows).reshape(weight.shape[:-1])
-    per_matrix = len(weight.tensor_scale_shape) < per_row.ndim
+    per_matrix = len(shape) < per_row.ndim
     return mx.contiguous(per_row[..., 0] if per_matrix else per_row)
 
 

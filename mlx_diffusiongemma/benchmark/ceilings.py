@@ -1,4 +1,4 @@
-"""What this machine can do at best: the rates that a step's parts are measured against."""
+"""The best that this machine can do: the rates that a step's parts are measured against."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the measured operations are."""
+    """The sizes of the measured operations."""
 
     width: int
     experts: int
@@ -67,7 +67,7 @@ class Ceilings:
     def around(
         self, operations: Iterable[Operation], measure: Callable[[], float]
     ) -> tuple[float, dict[Operation, float]]:
-        """What `measure` gives, and the operations' rates just before and just after it, the higher one of each."""
+        """Return what `measure` gives, and the operations' rates just before or after it, the higher one of each."""
         works = {operation: _work(operation, self.sizes) for operation in operations}
         before = {operation: self._rate(*work) for operation, work in works.items()}
         measured = measure()
@@ -81,7 +81,7 @@ class Ceilings:
 
 
 def measure_machine(dtype: mx.Dtype) -> Machine:
-    """dtype: of the activations, the model's own."""
+    """Measure the ceilings of this machine. dtype: of the activations, the model's own."""
     sizes = CPU_SIZES if mx.default_device() == mx.cpu else GPU_SIZES
     a, b = _normal((sizes.width, sizes.width), dtype), _normal((sizes.width, sizes.width), dtype)
     source, start = mx.zeros((sizes.copied // 4,), mx.float32), mx.zeros((1,))
@@ -117,8 +117,16 @@ def _work(operation: Operation, sizes: Sizes) -> tuple[int, *tuple[Callable[[], 
     x = _normal((operation.rows, width if operation.transposed else outputs), storage.dtype)
     weight = _stored((outputs, width), storage)
     if storage.bits is not None:
-        settings = {"bits": storage.bits, "group_size": storage.group_size, "mode": storage.mode}
-        return count, lambda: mx.quantized_matmul(x, *weight, transpose=operation.transposed, **settings)
+        return count, lambda: mx.quantized_matmul(
+            x,
+            weight[0],
+            weight[1],
+            weight[2] if len(weight) > 2 else None,
+            transpose=operation.transposed,
+            group_size=storage.group_size,
+            bits=storage.bits,
+            mode=storage.mode,
+        )
     if not operation.transposed:
         return count, lambda: x @ weight[0]
     # MLX multiplies by a transposed matrix in another way, which is slower on some CPUs.
@@ -137,8 +145,17 @@ def _experts(operation: Product, sizes: Sizes) -> tuple[int, Callable[[], mx.arr
     if storage.bits is None:
         turned = weight[0].swapaxes(-1, -2)
         return count, lambda: mx.gather_mm(x, turned, rhs_indices=chosen, sorted_indices=True)
-    settings = {"bits": storage.bits, "group_size": storage.group_size, "mode": storage.mode}
-    return count, lambda: mx.gather_qmm(x, *weight, rhs_indices=chosen, sorted_indices=True, **settings)
+    return count, lambda: mx.gather_qmm(
+        x,
+        weight[0],
+        weight[1],
+        weight[2] if len(weight) > 2 else None,
+        rhs_indices=chosen,
+        group_size=storage.group_size,
+        bits=storage.bits,
+        mode=storage.mode,
+        sorted_indices=True,
+    )
 
 
 def _stored(shape: tuple[int, ...], storage: Storage) -> list[mx.array]:

@@ -1,4 +1,4 @@
-"""How fast a model runs here, and where a step's time goes. `benchmark_report` shows what this measures.
+"""Measures how fast a model runs here and where a step's time goes; `report` shows it.
 
 On a machine without a GPU the same runs with smaller ceilings, and the report says that it was a CPU.
 """
@@ -11,7 +11,8 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,15 @@ from ..checkpoints import accounting
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.hub import download_snapshot, is_repository
 from ..convert.plan import fitting_mac
-from ..convert.reading import remote as hub
+from ..convert.reading import remote
 from ..errors import CheckpointError
 from ..events import Commit, Done
 from ..generation.canvas import Canvas
 from ..generation.denoising import Denoising, Job
 from ..generation.replying import stream
+from ..generation.request import request_options
 from ..generation.sampling import Draws
+from ..options import GenerationOptions
 from ..paths import user_path
 from . import ceilings
 from .step_profile import Component, measure_step
@@ -49,7 +52,7 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Machine:
-    """What ran. load_average: of the operating system at the start, where it says one."""
+    """The machine that ran the measurements. load_average: the operating system's at the start, where it says one."""
 
     chip: str
     system: str
@@ -130,7 +133,7 @@ class Report:
     against: Autoregressive | None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it, with the rates that follow from the rest."""
+        """The report as JSON can hold it, with the rates that follow from the rest."""
         content = asdict(self)
         content["machine"] |= content.pop("best")
         content["ceilings_in_operations_per_second"] = content.pop("ceilings")
@@ -194,7 +197,7 @@ def run_benchmark(
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What running a checkpoint needs after `context` tokens; most_context: how many the model was made for."""
+    """The memory that a checkpoint needs after `context` tokens; most_context: how many the model was made for."""
 
     memory: accounting.Memory
     context: int
@@ -202,12 +205,12 @@ class MemoryPlan:
 
     @property
     def macs(self) -> str:
-        """Which Macs it fits, to answer prompts."""
+        """The Macs that it fits, to answer prompts."""
         return fitting_mac(self.memory.total)
 
     @property
     def macs_to_infill(self) -> str:
-        """Which Macs it fits with what infilling adds."""
+        """The Macs that it fits with what infilling adds."""
         return fitting_mac(self.memory.total + self.memory.rows)
 
     @property
@@ -218,7 +221,7 @@ class MemoryPlan:
         return f"{self.context:,} tokens are beyond this model: {self.most_context:,} and a canvas fit its context."
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """The plan as JSON can hold it."""
         memory = self.memory
         return {
             "context_tokens": self.context,
@@ -235,14 +238,14 @@ class MemoryPlan:
 
 
 def plan_memory(source: str | Path, context: int | None = None) -> MemoryPlan:
-    """What a converted checkpoint, a directory or a repository, needs to run after `context` tokens.
+    """The memory that a converted checkpoint, a directory or a repository, needs to run after `context` tokens.
 
     From its shapes alone: of a repository only the small files and the headers of the large ones are read.
     Raises CheckpointError.
     """
     if is_repository(source):
-        directory = hub.download(str(source), None, weights=False)
-        checkpoint = Checkpoint.in_directory(directory, hub.remote_headers(str(source), directory.name))
+        directory = remote.download(str(source), None, weights=False)
+        checkpoint = Checkpoint.in_directory(directory, remote.remote_headers(str(source), directory.name))
     else:
         checkpoint = Checkpoint.open(source)
     config = checkpoint.config
@@ -257,7 +260,7 @@ def describe_machine() -> Machine:
     return Machine(
         chip=_chip(str(info.get("device_name", ""))),
         system=f"{platform.system()} {platform.mac_ver()[0] or platform.release()}",
-        mlx=mx.__version__,
+        mlx=metadata.version("mlx"),
         device="GPU" if mx.default_device() == mx.gpu else "CPU",
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         load_average=os.getloadavg()[0],
@@ -290,8 +293,8 @@ def encode_prefix(model: DiffusionGemma, count: int) -> tuple[Cache, float]:
 def measure_fixed(model: DiffusionGemma, cache: Cache, steps: int) -> FixedWork:
     """A canvas that is never sure enough to stop, after the cached prefix."""
     length = model.config.canvas_length
-    options = replace(model.options, max_steps=steps, confidence=0.0, canvas_length=length)
-    run = Denoising(model, options, model.config.text.vocab_size)
+    options = GenerationOptions(max_steps=steps, confidence=0.0, canvas_length=length)
+    run = Denoising(model, request_options(model, options), model.config.text.vocab_size)
     run.add(Job(Canvas([]).part(0, length), cache, Draws(seed=0)))
     started = time.perf_counter()
     for _ in run.steps():

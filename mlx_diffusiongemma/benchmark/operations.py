@@ -1,4 +1,4 @@
-"""What a denoising step computes: the floating-point operations of each component, by the kind of product."""
+"""The work of a denoising step: the floating-point operations of each component, by the kind of product."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONDITIONING, DENSE, EXPERTS, VOCABULARY = "embedding, self-conditioning", "dens
 
 @dataclass(frozen=True)
 class Storage:
-    """How a matrix is stored, and what it is multiplied with. bits: None where it is not quantized."""
+    """The way a matrix is stored, and what it is multiplied with. bits: None where it is not quantized."""
 
     dtype: mx.Dtype  # of the activations
     bits: int | None = None
@@ -92,9 +92,9 @@ def step_operations(model: DiffusionGemma, context: int) -> dict[str, Counted]:
     for block in decoder.layers:
         _add(dense, _linear(_gated(block.mlp), rows, dtype))
         _add(experts, _linear([block.router.proj], rows, dtype))
-        for layer in (block.experts.gate_up_proj, block.experts.down_proj):
-            product = Product(_storage(layer, dtype), rows, rows_each=each)
-            _add(experts, {product: 2 * chosen * _elements(layer) // text.num_experts})
+        for stack in (block.experts.gate_up_proj, block.experts.down_proj):
+            product = Product(_storage(stack, dtype), rows, rows_each=each)
+            _add(experts, {product: 2 * chosen * _elements(stack) // text.num_experts})
     head = decoder.embed_tokens
     operations = 2 * rows * _elements(head)
     stored = _storage(head, dtype)
@@ -128,4 +128,5 @@ def _storage(layer: nn.Module, dtype: mx.Dtype) -> Storage:
 
 def _elements(layer: nn.Module) -> int:
     """Numbers that a layer's matrix holds, or its matrices."""
-    return layer.weight.size * 32 // layer.bits if "scales" in layer else layer.weight.size
+    size: int = layer.weight.size
+    return size * 32 // int(layer.bits) if "scales" in layer else size

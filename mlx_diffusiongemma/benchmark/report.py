@@ -24,7 +24,7 @@ def render(report: Report) -> Group:
 
 
 def render_plan(plan: MemoryPlan) -> Group:
-    """What running needs: weights, keys and values, one step; what some uses add; and which Macs have it."""
+    """Render what running needs: weights, keys and values, one step; what some uses add; and which Macs have it."""
     memory = plan.memory
     table = Table(title=f"Memory with {plan.context:,} tokens of context", title_justify="left")
     table.add_column("part")
@@ -107,8 +107,8 @@ def _speed(report: Report) -> Table:
     )
     if report.against:
         rival = report.against
-        peak = f"autoregressive, peak {rival.peak_memory_bytes / 1e9:.2f} GB"
-        table.add_row(rival.model, f"{rival.tokens_per_second:.1f}", "", peak)
+        note = f"autoregressive, peak {rival.peak_memory_bytes / 1e9:.2f} GB"
+        table.add_row(rival.model, f"{rival.tokens_per_second:.1f}", "", note)
     table.add_row("prefill", f"{report.prefill_tokens_per_second:.1f}", "", f"{report.prefix_tokens:,} tokens")
     first, peak = natural.first_canvas_seconds, natural.peak_memory_bytes / 1e9
     table.add_section()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -55,7 +56,7 @@ def measure_step(model: DiffusionGemma, cache: Cache, ceilings: Ceilings) -> tup
 
     parts: dict[str, Callable[[], object]] = {
         operations.CONDITIONING: lambda: decoder.self_conditioning(model.embed(tokens), x),
-        **{kind: lambda layers=layers: attend(layers) for kind, layers in attention.items()},
+        **{kind: partial(attend, layers) for kind, layers in attention.items()},
         operations.DENSE: lambda: _in_turn(decoder.layers, _dense, x),
         operations.EXPERTS: lambda: _in_turn(decoder.layers, _routed, x),
         operations.VOCABULARY: lambda: model.read_vocabulary(x, TEMPERATURE, key),
@@ -78,7 +79,7 @@ def _kind(kept: Any) -> str:
 
 
 def _in_turn(layers: list[Any], work: Callable[[Any, mx.array], mx.array], x: mx.array) -> mx.array:
-    """`work` of every layer on the same x, one after the other as in the model."""
+    """Do the `work` of every layer on the same x, one after the other as in the model."""
     output = x
     for layer in layers:
         output = work(layer, mx.depends(x, [output]))

@@ -1,4 +1,4 @@
-"""What a model needs, computed from its configuration: the bytes to hold it, a prefix and a step.
+"""The memory that a model needs, computed from its configuration: for its weights, a prefix and a step.
 
 Shapes alone decide; nothing is loaded. Sizes are bytes, `item` is the bytes of one activation (2 in bfloat16).
 """
@@ -18,6 +18,7 @@ from ..model.budgets import (
     CACHE_GROWTH,
     GROUP,
     MEMBER_ROWS,
+    PREFILL_CHUNK,
     ROWS_BUDGET,
     SCORE_BUDGET,
     TOGETHER,
@@ -75,29 +76,33 @@ def step_bytes(config: ModelConfig, context: int, item: int = 2) -> int:
 
 
 def batch_bytes(config: ModelConfig, contexts: Sequence[int], item: int = 2) -> int:
-    """Of several replies in flight, beside the weights: each one's cache, and a step of all canvases together.
+    """Add up several replies in flight, beside the weights: each one's cache, a step of all canvases together, and the
+    chunk of a newcomer's prompt that is encoded meanwhile.
 
     contexts: for each reply, the most tokens that it will follow.
     """
-    step = _step_bytes(config.text, len(contexts), config.canvas_length, max(contexts), item)
-    return sum(cache_bytes(config, context, item) for context in contexts) + step
+    text, longest = config.text, max(contexts)
+    step = _step_bytes(text, len(contexts), config.canvas_length, longest, item)
+    chunk = _layer_bytes(text, PREFILL_CHUNK, longest, item)
+    return sum(cache_bytes(config, context, item) for context in contexts) + step + chunk
 
 
 def rows_at_once(text: TextConfig, canvas: int, context: int, most: int, item: int = 2) -> int:
-    """How many of `most` canvases of so many tokens, after one prefix of `context`, keep to ROWS_BUDGET; at least 1."""
+    """The number of canvases, 1 to `most`, that fit in ROWS_BUDGET: of `canvas` tokens, after a prefix of `context`."""
     return max(rows for rows in range(1, most + 1) if rows_bytes(text, canvas, context, rows, item) <= ROWS_BUDGET)
 
 
 def rows_after(cache: Cache, most: int) -> int:
-    """How many of `most` canvases after the one prefix in `cache` can be computed at once: what ROWS_BUDGET allows."""
+    """The number of canvases, 1 to `most`, that ROWS_BUDGET lets be computed at once after the prefix in `cache`."""
     item = max((array.itemsize for array in cache.arrays), default=2)
     return rows_at_once(cache.config, cache.keep, cache.offset, most, item)
 
 
 def rows_bytes(text: TextConfig, canvas: int, context: int, rows: int, item: int = 2) -> int:
-    """What computing `rows` canvases at once after one prefix takes beyond what one takes: nothing for one, which is
-    written behind the prefix itself; for more, each one's copy of the prefix that it sees, one layer's keys once more,
-    which attention copies in passing, and the larger step.
+    """Bytes that computing `rows` canvases at once after one prefix takes beyond what one canvas takes.
+
+    Nothing for one, which is written behind the prefix itself; for more, each one's copy of the prefix that it sees,
+    one layer's keys once more, which attention copies in passing, and the larger step.
     """
     if rows == 1:
         return 0
@@ -110,7 +115,7 @@ def rows_bytes(text: TextConfig, canvas: int, context: int, rows: int, item: int
 
 
 def snapshot_bytes(config: ModelConfig, context: int, item: int = 2) -> int:
-    """Of a kept cache's way back to an earlier prompt: what its sliding layers held then, beside what they hold now."""
+    """Bytes of a kept cache's way back to an earlier prompt: what its sliding layers held then, beside those of now."""
     return sum(
         2 * item * layer.num_key_value_heads * layer.head_dim * _capacity(layer, config, context)
         for layer in config.text.layers
@@ -121,11 +126,13 @@ def snapshot_bytes(config: ModelConfig, context: int, item: int = 2) -> int:
 def _step_bytes(text: TextConfig, rows: int, canvas: int, context: int, item: int) -> int:
     """Of `rows` canvases at once."""
     tokens = rows * canvas
-    return max(
-        _attention_bytes(text, tokens, context + canvas, item),
-        item * tokens * text.top_k_experts * (2 * text.hidden_size + 3 * text.moe_intermediate_size),
-        _vocabulary_bytes(text, tokens, item),
-    )
+    return max(_layer_bytes(text, tokens, context + canvas, item), _vocabulary_bytes(text, tokens, item))
+
+
+def _layer_bytes(text: TextConfig, tokens: int, keys: int, item: int) -> int:
+    """The most that a layer holds while it computes so many tokens: in attention, or in its experts."""
+    experts = item * tokens * text.top_k_experts * (2 * text.hidden_size + 3 * text.moe_intermediate_size)
+    return max(_attention_bytes(text, tokens, keys, item), experts)
 
 
 def visible_tokens(layer: LayerConfig, text: TextConfig, context: int) -> int:

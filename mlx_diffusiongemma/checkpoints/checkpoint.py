@@ -20,8 +20,8 @@ ACTIVATIONS_AS = "model.decoder.norm.weight"  # is never quantized: activations 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint's files say, each read once. tensors: every one of its files by name; their values stay there
-    until `arrays` is called.
+    """A checkpoint's files, each read once. tensors: every tensor in them by name; their values stay there until
+    `arrays` is called.
     """
 
     directory: Path
@@ -63,7 +63,8 @@ class Checkpoint:
         arrays: dict[str, mx.array] = {}
         for file, wanted in files.items():
             try:
-                held = mx.load(str(self.directory / file))
+                # MLX's stub does not know that what a safetensors file holds has names.
+                held: dict[str, mx.array] = mx.load(str(self.directory / file))  # type: ignore[assignment]
             except (RuntimeError, ValueError) as error:
                 raise CheckpointError(
                     f"{self.directory / file} is damaged ({error}); download or convert it again."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,6 +29,8 @@ def is_repository(source: str | Path) -> bool:
         return False
     name = str(source)
     is_name = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+    if path.is_file():
+        raise CheckpointError(f"{name} is a file; give the directory that it lies in.")
     if isinstance(source, Path) or path.exists() or not is_name:
         raise CheckpointError(f"There is no directory {name}; check the path, or give a repository as owner/name.")
     return True
@@ -54,9 +58,9 @@ def bytes_to_download(source: str | Path, revision: str | None, patterns: Sequen
     from huggingface_hub.utils import filter_repo_objects
 
     name = str(source)
-    asked = {"revision": revision, "timeout": ANSWER_SECONDS, "files_metadata": True}
+    ask = partial(HfApi().model_info, name, revision=revision, timeout=ANSWER_SECONDS, files_metadata=True)
     try:
-        info = reaching(name, lambda: HfApi().model_info(name, **asked))
+        info = reaching(name, ask)
     except CheckpointError:
         return 0
     files = filter_repo_objects(info.siblings or [], allow_patterns=list(patterns), key=lambda file: file.rfilename)
@@ -67,8 +71,26 @@ def bytes_to_download(source: str | Path, revision: str | None, patterns: Sequen
     )
 
 
+def check_room(nbytes: int, beside: Mapping[Path, int]) -> None:
+    """Make sure that the disk has room for a download of so many bytes. beside: bytes that will be written elsewhere,
+    by directory; they count where that is on the same disk. Raises CheckpointError.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = user_path(HF_HUB_CACHE).absolute()
+    place = next(directory for directory in (cache, *cache.parents) if directory.is_dir())
+    disk = place.stat().st_dev
+    needed = nbytes + sum(more for directory, more in beside.items() if directory.stat().st_dev == disk)
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise CheckpointError(
+            f"{cache} has {free / 1e9:.1f} GB free and {needed / 1e9:.1f} are needed with the download; free some "
+            "space, or set HF_HOME to a directory on another disk."
+        )
+
+
 def reaching(repository: str, action: Callable[[], T]) -> T:
-    """What `action` returns; its failures, which concern `repository`, as CheckpointErrors of one sentence."""
+    """Return what `action` does; its failures, which concern `repository`, are CheckpointErrors of one sentence."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         HfHubHTTPError,
@@ -81,7 +103,7 @@ def reaching(repository: str, action: Callable[[], T]) -> T:
     )
 
     # The errors of the hub client's own transport, whose name differs between its versions.
-    transport = HfHubHTTPError.__mro__[1]
+    transport: type[BaseException] = HfHubHTTPError.__mro__[1]
     try:
         return action()
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:

@@ -54,13 +54,13 @@ def load(
     check_fits(checkpoint)
     set_limits()
     text, vision = _text_and_vision(checkpoint)
-    has_vision = bool(vision) and config.vision is not None
-    load_tower = (lambda: load_vision(checkpoint)) if has_vision else None
+    tower = config.vision if vision else None
+    load_tower = None if tower is None else lambda: load_vision(checkpoint)
     model = DiffusionGemma(config, checkpoint.options, load_tower)
     _fit(model, text, checkpoint)
-    if has_vision:
+    if tower is not None:
         # Only names and shapes: the weights themselves are read when an image first needs them.
-        _fit(VisionModel(config.vision, config.text.hidden_size), vision, checkpoint, ENCODER)
+        _fit(VisionModel(tower, config.text.hidden_size), vision, checkpoint, ENCODER)
     # Nothing but the model may hold its arrays: those that it joins or widens, a layer at a time, are freed then.
     model.load_weights(list(checkpoint.arrays(text).items()))
     _evaluate(model, checkpoint.directory, progress, fuse and _fusing_pays())
@@ -69,8 +69,11 @@ def load(
 
 def load_vision(checkpoint: Checkpoint) -> VisionModel:
     """The vision tower and projection, weights in memory. Raises CheckpointError."""
+    config = checkpoint.config
+    if config.vision is None:
+        raise CheckpointError(f"{checkpoint.directory} has no vision tower, so it cannot see images; leave them out.")
     _, tensors = _text_and_vision(checkpoint)
-    vision = VisionModel(checkpoint.config.vision, checkpoint.config.text.hidden_size)
+    vision = VisionModel(config.vision, config.text.hidden_size)
     _fit(vision, tensors, checkpoint, ENCODER)
     vision.load_weights([(name.removeprefix(ENCODER), array) for name, array in checkpoint.arrays(tensors).items()])
     _read(vision, checkpoint.directory)
@@ -93,7 +96,8 @@ def _check_complete(checkpoint: Checkpoint, source: str | Path) -> None:
 
 def _text_and_vision(checkpoint: Checkpoint) -> tuple[Tensors, Tensors]:
     """The tensors that are always needed, and those that images need."""
-    text, vision = {}, {}
+    text: dict[str, Entry] = {}
+    vision: dict[str, Entry] = {}
     for name, entry in checkpoint.tensors.items():
         (vision if name.startswith(VISION) else text)[name] = entry
     return text, vision
@@ -104,7 +108,9 @@ def _fit(module: nn.Module, tensors: Tensors, checkpoint: Checkpoint, prefix: st
     tensors, whose names begin with `prefix`.
     """
     _quantize(module, tensors, checkpoint, prefix)
-    expected = {prefix + name: array.shape for name, array in tree_flatten(module.parameters())}
+    parameters: dict[str, mx.array] = {}
+    tree_flatten(module.parameters(), destination=parameters)
+    expected = {prefix + name: array.shape for name, array in parameters.items()}
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     problems += [f"{name} is not part of the model" for name in tensors if name not in expected]
     problems += [

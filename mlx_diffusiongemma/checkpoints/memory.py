@@ -1,4 +1,4 @@
-"""What this machine's memory allows, and the limits a loaded model sets for itself."""
+"""The memory that this machine has for a model, and the limits that a loaded model sets for itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mlx-dg bench"""
+"""The verb `mlx-dg bench`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from typing import Annotated
 
 import typer
 
-from .common import Model, announce_download, default_model, load_model
+from .common import Model, announce_download, load_model, named_model, whole
 
 
 def bench(
     model: Model = None,
-    steps: Annotated[str, typer.Option("--steps", help="Fixed amounts of work, comma-separated.")] = "8,16",
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", min=1, help="Most tokens per answer.")] = 512,
+    steps: Annotated[
+        str, typer.Option("--steps", metavar="N,N", help="Fixed amounts of work, comma-separated.")
+    ] = "8,16",
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", metavar="N", parser=whole(1), help="Most tokens per answer.")
+    ] = 512,
     against: Annotated[
         str | None,
-        typer.Option("--against", metavar="PATH|REPO", help="An autoregressive model for mlx-lm to run beside it."),
+        typer.Option("--against", metavar="NAME", help="An autoregressive model for mlx-lm to run beside it."),
     ] = None,
     plan: Annotated[
         bool,
@@ -24,7 +28,12 @@ def bench(
     ] = False,
     context: Annotated[
         int | None,
-        typer.Option("--context", min=1, help="Tokens of context for --plan; else 8192, or the most for the model."),
+        typer.Option(
+            "--context",
+            metavar="N",
+            parser=whole(1),
+            help="Tokens of context for --plan; else 8192, or the most for the model.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
@@ -40,7 +49,7 @@ def bench(
     if against and plan:
         raise typer.BadParameter("--against is measured, and --plan measures nothing; leave out one of them")
     if plan:
-        needs = plan_memory(model or default_model(), context)
+        needs = plan_memory(named_model(model), context)
         if as_json:
             typer.echo(json.dumps(needs.to_dict()))
         else:
@@ -53,7 +62,7 @@ def bench(
     if against:
         from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
-        model = model or default_model()
+        model = named_model(model)
         is_repository(model)  # or it is something that only fails once the other has run
         announce_download(against, None, DEFAULT_ALLOW_PATTERNS)
         _log(f"the prompts' answers of {against}")

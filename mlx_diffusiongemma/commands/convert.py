@@ -1,16 +1,18 @@
-"""mlx-dg convert"""
+"""The verb `mlx-dg convert`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..convert import RECIPES
-from .common import OFFICIAL, announce_download
+from ..paths import user_path
+from .common import OFFICIAL, announce_download, notice, one_of
 
 BUILT_IN = "default"  # calibration prompts
 EPILOG = "Recipes, with their size for the published model: " + "\n\n".join(
@@ -25,25 +27,46 @@ EPILOG = "Recipes, with their size for the published model: " + "\n\n".join(
 
 
 def convert(
-    source: Annotated[str | None, typer.Argument(help=f"A directory or Hugging Face repository [{OFFICIAL}].")] = None,
-    out: Annotated[Path | None, typer.Argument(help="A new directory [./NAME-4bit].")] = None,
+    source: Annotated[
+        str | None, typer.Argument(metavar="SOURCE", help=f"A directory or Hugging Face repository [{OFFICIAL}].")
+    ] = None,
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="A new directory [./NAME-4bit].")] = None,
     q4: Annotated[bool, typer.Option("--q4", help="4 bits.")] = False,
     q8: Annotated[bool, typer.Option("--q8", help="8 bits.")] = False,
-    bits: Annotated[int | None, typer.Option("--bits", "--q-bits", help="2, 3, 4, 5, 6 or 8 bits.")] = None,
-    group_size: Annotated[
-        int | None, typer.Option("--group-size", "--q-group-size", help="Weights per scale: 32, 64 or 128.")
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            "--bits", "--q-bits", metavar="N", parser=one_of(2, 3, 4, 5, 6, 8), help="2, 3, 4, 5, 6 or 8 bits."
+        ),
     ] = None,
-    mode: Annotated[str, typer.Option("--mode", "--q-mode", help="affine, mxfp4, mxfp8 or nvfp4.")] = "affine",
-    recipe: Annotated[str, typer.Option("--recipe", help="What gets how many bits; see below.")] = "community",
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            "--group-size",
+            "--q-group-size",
+            metavar="N",
+            parser=one_of(16, 32, 64, 128),
+            help="Weights per scale: 32, 64 or 128; 16 with nvfp4.",
+        ),
+    ] = None,
+    mode: Annotated[
+        str, typer.Option("--mode", "--q-mode", metavar="MODE", help="affine, mxfp4, mxfp8 or nvfp4.")
+    ] = "affine",
+    recipe: Annotated[
+        str, typer.Option("--recipe", metavar="NAME", help="What gets how many bits; see below.")
+    ] = "community",
     set_bits: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="PATTERN=BITS", help="Bits, a mode or none for some modules: 'layers.0.*=8'."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="bfloat16, float16 or float32, for what is not quantized.")
+        str | None,
+        typer.Option("--dtype", metavar="TYPE", help="bfloat16, float16 or float32, for what is not quantized."),
     ] = None,
     dequantize: Annotated[bool, typer.Option("-d", "--dequantize", help="Quantize nothing.")] = False,
-    revision: Annotated[str | None, typer.Option("--revision", help="Of the repository.")] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", metavar="NAME", help="A branch, tag or commit of the repository.")
+    ] = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Download, convert and delete one file of the repository at a time.")
     ] = False,
@@ -57,21 +80,48 @@ def convert(
             help="Compare with the unquantized model on a file of prompts, one per line, or the built-in ones.",
         ),
     ] = None,
-    upload: Annotated[str | None, typer.Option("--upload", "--upload-repo", help="Then upload it here.")] = None,
+    upload: Annotated[
+        str | None, typer.Option("--upload", "--upload-repo", metavar="REPO", help="Then upload it here.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Upload into a repository that has files.")] = False,
-    hf_path: Annotated[str | None, typer.Option("--hf-path", help="mlx-lm's spelling of SOURCE.")] = None,
-    mlx_path: Annotated[Path | None, typer.Option("--mlx-path", help="mlx-lm's spelling of OUT.")] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Delete what a stopped conversion to OUT has finished.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Download without asking.")] = False,
+    hf_path: Annotated[
+        str | None, typer.Option("--hf-path", metavar="SOURCE", help="mlx-lm's spelling of SOURCE.")
+    ] = None,
+    mlx_path: Annotated[
+        Path | None, typer.Option("--mlx-path", metavar="OUT", help="mlx-lm's spelling of OUT.")
+    ] = None,
     quantize: Annotated[bool, typer.Option("-q", "--quantize", help="mlx-lm's spelling of the default.")] = False,
 ) -> None:
     """Turn a published checkpoint into quantized MLX arrays, in little memory."""
-    from ..convert import convert_checkpoint, plan_conversion, upload_checkpoint
+    from ..checkpoints.hub import is_repository
+    from ..checkpoints.remembered import remember
+    from ..convert import calibrate as measure
+    from ..convert import (
+        check_calibration,
+        check_conversion,
+        check_upload,
+        convert_checkpoint,
+        plan_conversion,
+        upload_checkpoint,
+    )
     from ..convert.reading.remote import WHOLE
 
     width = _chosen_bits(q4, q8, bits, dequantize, quantize)
     if (source and hf_path) or (out and mlx_path):
         raise typer.BadParameter("give SOURCE and OUT once, by position or as --hf-path and --mlx-path")
     source = source or hf_path or OFFICIAL
-    settings = {
+    if not is_repository(source) and (stream or revision):
+        what = "--stream" if stream else "--revision"
+        raise typer.BadParameter(f"{what} is about a repository, and {source} is a directory; leave it out")
+    if dequantize and not set_bits and (group_size or mode != "affine" or recipe != "community"):
+        raise typer.BadParameter("--dequantize leaves nothing for --group-size, --mode and --recipe to say")
+    if force and not upload:
+        raise typer.BadParameter("--force is about the repository of --upload, which is not given")
+    settings: dict[str, Any] = {
         "bits": width,
         "group_size": group_size,
         "mode": mode,
@@ -80,20 +130,31 @@ def convert(
         "dtype": dtype,
         "revision": revision,
     }
-    if dry_run:
-        typer.echo(plan_conversion(source, **settings).render())
-        return
     name = Path(source).resolve().name if Path(source).exists() else source.split("/")[-1]
     out = out or mlx_path or Path(f"{name}-{_suffix(width, mode, recipe)}")
-    announce_download(source, revision, WHOLE)
-    with _progress("converting") as progress:
-        report = convert_checkpoint(source, out, **settings, allow_nan=allow_nan, stream=stream, progress=progress)
-    typer.echo(report.render(), err=True)
-    if calibrate:
-        _calibrate(out, source, calibrate, revision)
+    # All that can be known goes before the hours that a download and a conversion may take.
+    prompts = _prompts(calibrate)
     if upload:
-        typer.echo(upload_checkpoint(out, upload, force=force), err=True)
+        check_upload(upload, force=force)
+    if dry_run:
+        typer.echo(plan_conversion(source, **settings).render())
+    further = check_calibration(source, prompts, revision=revision) if prompts else 0
+    how: dict[str, Any] = {"allow_nan": allow_nan, "stream": stream, "restart": restart}
+    plan = check_conversion(source, out, **settings, **how, further_bytes=further)
+    if dry_run:
+        return
+    beside = {out.absolute().parent: plan.file_bytes + further}
+    announce_download(source, revision, WHOLE, yes=yes, beside=beside, kept=not stream)
+    with _progress("converting") as progress, _kept(out):
+        report = convert_checkpoint(source, out, **settings, **how, progress=progress, tell=_say)
+    remember(out, notice)
+    _say(report.render())
+    if prompts:
+        _say(measure(out, source, prompts, revision=revision, stream=stream).render())
+    if upload:
+        _say(upload_checkpoint(out, upload, force=force))
     typer.echo(out)
+    _say(f'Next: mlx-dg generate --model {shlex.quote(str(out))} "Why is the sky blue?"')
 
 
 def _chosen_bits(q4: bool, q8: bool, bits: int | None, dequantize: bool, quantize: bool) -> int | str | None:
@@ -114,7 +175,7 @@ def _overrides(settings: list[str]) -> dict[str, str]:
 
 
 def _suffix(bits: int | str | None, mode: str, recipe: str) -> str:
-    """How a converted directory's name ends."""
+    """The end of a converted directory's name."""
     if bits is None:
         return "mlx"
     if mode != "affine":
@@ -124,22 +185,55 @@ def _suffix(bits: int | str | None, mode: str, recipe: str) -> str:
     return f"{bits}bit"
 
 
-def _calibrate(out: Path, source: str, prompts: str, revision: str | None) -> None:
-    from ..convert import calibrate, read_prompts
+def _prompts(calibrate: str | None) -> Sequence[str]:
+    """What to calibrate with; nothing where it was not asked for."""
+    from ..convert import read_prompts
+    from ..convert.calibration import PROMPTS
 
-    given = {} if prompts == BUILT_IN else {"prompts": read_prompts(prompts)}
-    typer.echo(calibrate(out, source, **given, revision=revision).render(), err=True)
+    if calibrate is None:
+        return ()
+    return PROMPTS if calibrate == BUILT_IN else read_prompts(calibrate)
+
+
+@contextmanager
+def _kept(out: Path) -> Iterator[None]:
+    """Say what an interruption leaves to go on from."""
+    from ..checkpoints.hub import Interrupted
+    from ..convert.writing.partial import amount, finished_bytes, partial_path
+
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted):
+        done = finished_bytes(user_path(out))
+        if done:
+            _say(f"{amount(done)} are finished in {partial_path(out)}; the same command goes on from there.")
+        raise
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
 
 
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on stderr for bytes done, bytes in all and the tensor at hand."""
+    """Draw a line of progress on stderr, for bytes done, bytes in all and the tensor at hand.
+
+    The numbers come first and keep their width; the bar and the tensor's name share what the terminal has beside them.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
-    at = TextColumn("[dim]{task.fields[at]}")
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TimeRemainingColumn(), at)
+    columns = (
+        TextColumn(what, table_column=Column(no_wrap=True)),
+        DownloadColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        BarColumn(None, table_column=Column(ratio=1)),
+        TextColumn("[dim]{task.fields[at]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=2)),
+    )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal, expand=True) as bar:
         task = bar.add_task(what, total=None, at="")
-        yield lambda done, total, name: bar.update(task, completed=done, total=total, at=name)
+        yield lambda done, total, name: bar.update(
+            task, completed=done, total=total, at=name.removeprefix("model.").removeprefix("decoder.")
+        )

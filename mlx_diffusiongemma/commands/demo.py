@@ -1,13 +1,17 @@
-"""mlx-dg demo"""
+"""The verb `mlx-dg demo`."""
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 
 import typer
 
+from ..paths import cache_directory
 from .common import LiveCanvas, Seed, end_line
 
+HASHES = "hashes.txt"
 TASKS = ("sort 53142", "reverse canvas", "json name=ada age=36", "solve 42.3/3.24/1.../2.31", "count from 17")
 
 
@@ -26,16 +30,47 @@ def demo(seed: Seed = 0, live: LiveCanvas = None) -> None:
 
 
 def _demo_checkpoint() -> Path:
-    """The demo checkpoint at 4 bits, converted into the user's cache directory on first use."""
-    import platform
+    """The demo checkpoint at 4 bits, converted into the user's cache directory where it is not there, whole.
 
+    Everything in that directory must be as it was written: a damaged checkpoint may load, and then writes nonsense.
+    """
     from .. import __version__
     from ..convert import convert_checkpoint
 
-    caches = Path.home() / ("Library/Caches" if platform.system() == "Darwin" else ".cache")
-    out = caches / "mlx-diffusiongemma" / f"demo-4bit-{__version__}"
-    if not out.exists():
-        typer.echo(f"Converting the demo checkpoint to 4 bits in {out}", err=True)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        convert_checkpoint(Path(__file__).parent.parent / "demo", out, bits=4)
-    return out
+    source = Path(__file__).parent.parent / "demo"
+    place = cache_directory() / f"demo-4bit-{__version__}"
+    if _is_whole(place, source):
+        return place
+    damaged = " again: what is there is damaged" if os.path.lexists(place) else ""
+    typer.echo(f"Converting the demo checkpoint to 4 bits in {place}{damaged}", err=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".demo-") as unfinished:
+        new = Path(unfinished) / "demo"
+        convert_checkpoint(source, new, bits=4)
+        (new / HASHES).write_text(_hashes(source) + _hashes(new), encoding="utf-8")
+        if place.is_symlink() or place.is_file():
+            place.unlink()
+        elif place.exists():
+            place.rename(Path(unfinished) / "damaged")
+        try:
+            new.rename(place)
+        except OSError:  # another process was faster
+            if not _is_whole(place, source):
+                raise
+    return place
+
+
+def _is_whole(place: Path, source: Path) -> bool:
+    """Whether `place` holds what was made of `source`, and nothing of it has changed since."""
+    try:
+        return (place / HASHES).read_text(encoding="utf-8") == _hashes(source) + _hashes(place)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _hashes(directory: Path) -> str:
+    """The SHA-256 and the name of every file in a directory, a line each."""
+    from ..convert.writing.hashes import file_sha256
+
+    files = sorted(path for path in directory.iterdir() if path.name != HASHES)
+    return "".join(f"{file_sha256(path)}  {path.name}\n" for path in files)

@@ -1,4 +1,4 @@
-"""mlx-dg edit"""
+"""The verb `mlx-dg edit`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,34 @@ from typing import Annotated
 
 import typer
 
-from .common import LiveCanvas, Model, Seed, Steps, load_model
-from .text_files import read_text, replace_text, write_out
-from .watching import AsJson, Heat, Trace, check_watching, line_span, say_cost, watched
+from .common import (
+    AsJson,
+    Heat,
+    LiveCanvas,
+    Model,
+    Seed,
+    Steps,
+    Trace,
+    check_watching,
+    load_model,
+    number,
+    say_cost,
+    watched,
+)
+from .text_files import check_replaceable, line_span, read_text, replace_text, write_out
 
 
 def edit(
     file: Annotated[str, typer.Argument(metavar="FILE|-", help="A UTF-8 text file; - reads stdin.")],
-    instruction: Annotated[str, typer.Argument(help="What to do with the lines.")],
+    instruction: Annotated[str, typer.Argument(metavar="INSTRUCTION", help="What to do with the lines.")],
     lines: Annotated[
         str,
         typer.Option("--lines", metavar="FIRST:LAST", help="The lines to rewrite, from 1: 10:20, 10:, :20 or 10."),
     ],
-    strength: Annotated[float, typer.Option("--strength", help="0 keeps the lines, 1 starts from noise.")] = 0.7,
+    strength: Annotated[
+        float,
+        typer.Option("--strength", metavar="X", parser=number(0, 1), help="0 keeps the lines, 1 starts from noise."),
+    ] = 0.7,
     write: Annotated[
         bool, typer.Option("--write", help="Replace FILE as well; else only the diff is printed.")
     ] = False,
@@ -28,6 +43,7 @@ def edit(
     live: LiveCanvas = None,
     heat: Heat = False,
     trace: Trace = None,
+    force: Annotated[bool, typer.Option("--force", help="Let --trace replace a file that is no trace.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Rewrite some lines of a file and print the change as a unified diff."""
@@ -36,10 +52,14 @@ def edit(
     from ..filling.editing import unified_diff
 
     check_watching(as_json, live, heat)
+    if force and not trace:
+        raise typer.BadParameter("--force is about the file of --trace, which is not given.")
     if file == "-" and write:
         raise typer.BadParameter("--write replaces FILE, and standard input is no file; name one, or use the diff")
     if not instruction.strip():
         raise typer.BadParameter("the instruction is empty; say what to do with the lines", param_hint="INSTRUCTION")
+    if write:
+        check_replaceable(file)
     text = read_text(file)
     span = line_span(text, lines)
     options = GenerationOptions(max_steps=steps, seed=seed)
@@ -48,6 +68,7 @@ def edit(
         live=live,
         heat=heat,
         trace=trace,
+        force=force,
         as_json=as_json,
         options=options.filled_from(loaded.options),
         title=instruction,

@@ -1,4 +1,4 @@
-"""mlx-dg infill"""
+"""The verb `mlx-dg infill`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import PromptError
-from .common import LiveCanvas, Model, Seed, Steps, load_model
-from .text_files import read_text, replace_text, write_out
-from .watching import AsJson, Heat, Trace, check_watching, line_span, say_cost, watched
+from ..files import check_place, write_file
+from .common import (
+    AsJson,
+    Heat,
+    LiveCanvas,
+    Model,
+    Seed,
+    Steps,
+    Trace,
+    check_watching,
+    load_model,
+    say_cost,
+    watched,
+    whole,
+)
+from .text_files import TEXT, check_replaceable, line_span, read_text, replace_text, write_out
 
 if TYPE_CHECKING:
     from .. import Hole
@@ -21,24 +34,32 @@ MARK = "<FILL>"
 
 def infill(
     file: Annotated[str, typer.Argument(metavar="FILE|-", help="A UTF-8 text with holes; - reads stdin.")],
-    hole: Annotated[str | None, typer.Option("--hole", help=f"What marks a hole in the text; else {MARK}.")] = None,
+    hole: Annotated[
+        str | None, typer.Option("--hole", metavar="TEXT", help=f"What marks a hole in the text; else {MARK}.")
+    ] = None,
     lines: Annotated[
         str | None,
         typer.Option("--lines", metavar="FIRST:LAST", help="These lines, from 1, are the hole: 10:20, 10:, :20 or 10."),
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", help="Most tokens that a hole takes.")] = 32,
+    tokens: Annotated[
+        int, typer.Option("--tokens", metavar="N", parser=whole(1), help="Most tokens that a hole takes.")
+    ] = 32,
     instruction: Annotated[
-        str | None, typer.Option("--instruction", help="Ask for it in chat; else the text is continued as it is.")
+        str | None,
+        typer.Option("--instruction", metavar="TEXT", help="Ask for it in chat; else the text is continued as it is."),
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Try only that many tokens, not fewer.")] = False,
     write: Annotated[bool, typer.Option("--write", help="Replace FILE; else the text is printed.")] = False,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the text to this file instead.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", metavar="FILE", help="Write the text to this file instead.")
+    ] = None,
     model: Model = None,
     steps: Steps = None,
     seed: Seed = None,
     live: LiveCanvas = None,
     heat: Heat = False,
     trace: Trace = None,
+    force: Annotated[bool, typer.Option("--force", help="Let -o and --trace replace files of another kind.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Fill the holes in a text and print it."""
@@ -53,8 +74,15 @@ def infill(
         raise typer.BadParameter("--hole marks the holes and --lines is one; give one of them")
     if instruction is not None and not instruction.strip():
         raise typer.BadParameter("--instruction is empty; say what is wanted, or leave it out to continue the text")
-    if out and (out.is_dir() or not out.parent.is_dir()):
-        raise PromptError(f"{out} cannot be written; give a file in a directory that exists.")
+    if force and not (out or trace):
+        raise typer.BadParameter("--force is about the files of -o and --trace, which are not given.")
+    if out and trace and out.resolve() == trace.resolve():
+        raise typer.BadParameter("-o and --trace name one file; give each a path of its own")
+    inputs = [] if file == "-" else [file]
+    if write:
+        check_replaceable(file)
+    if out:
+        check_place(out, TEXT, force=force, inputs=inputs)
     text = read_text(file)
     parts = _parts(text, MARK if hole is None else hole, lines, tokens)
     holes = sum(isinstance(part, Hole) for part in parts)
@@ -69,6 +97,7 @@ def infill(
         live=live,
         heat=heat,
         trace=trace,
+        force=force,
         as_json=as_json,
         options=options.filled_from(loaded.options),
         title=f"infill {'stdin' if file == '-' else file}",
@@ -78,7 +107,8 @@ def infill(
     if write:
         replace_text(file, text, result.text)
     elif out:
-        out.write_bytes(result.text.encode("utf-8"))
+        with write_file(out, TEXT, force=force, inputs=inputs) as whole_file:
+            whole_file.write(result.text.encode("utf-8"))
     elif not (prints or as_json):
         write_out(result.text)
     say_cost(result)

@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
 
 def printable(text: str) -> str:
-    """`text` with every character that a terminal would obey made visible; line breaks and tabs stay."""
+    """Make every character visible that a terminal would obey; line breaks and tabs stay."""
     return text.replace("\r\n", "\n").translate(UNPRINTABLE)
 
 
@@ -53,7 +53,7 @@ def clusters(text: str) -> Iterator[tuple[str, int]]:
         yield cluster, width
 
 
-def layout(spans: Iterable[Span], columns: int, words: bool = False) -> list[Row]:
+def break_rows(spans: Iterable[Span], columns: int, words: bool = False) -> list[Row]:
     """Spans one after the other in rows of at most `columns` cells, broken at line breaks and where a row is full.
 
     words: break full rows after a space where there is one; otherwise in the middle of a word, as terminals do.

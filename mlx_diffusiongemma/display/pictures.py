@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,9 @@ from xml.sax.saxutils import escape
 
 from ..errors import PromptError
 from ..events import Commit, Draft
-from .cells import Row, Span, clusters, layout, printable
+from ..files import write_file
+from .cells import Row, Span, break_rows, clusters, printable
+from .picture_files import GIF
 from .terminal import HEAT, draft_spans
 from .trace import Traced
 
@@ -69,7 +72,7 @@ NO_DRAFTS = "The trace has no drafts, so there is nothing to draw; trace a whole
 
 @dataclass(frozen=True)
 class Frame:
-    """What an animation shows for so many seconds: rows of runs, the last one a status line.
+    """A picture of an animation and how long it is shown: rows of runs, the last one a status line.
 
     A run's style is a name in `COLORS`; "thought" and a space come before it where the model thinks.
     """
@@ -120,10 +123,13 @@ def animated_gif(
     heat: bool = False,
     title: str | None = None,
     speed: float = 1.0,
+    force: bool = False,
+    inputs: Sequence[str | Path] = (),
 ) -> None:
-    """`animated_svg` as a GIF, for places that show no SVG.
+    """Write the animation of `animated_svg` as a GIF, for places that show no SVG.
 
-    font: a TrueType font file, instead of the system's. Characters that no font has are drawn as boxes.
+    font: a TrueType font file, instead of the system's. Characters that no font has are drawn as boxes. force: replace
+    a file that is no GIF, too. inputs: files that are being read, which it never replaces.
     Raises PromptError where there are no drafts, or the font or the file cannot be used.
     """
     from PIL import Image, ImageDraw
@@ -142,10 +148,8 @@ def animated_gif(
             pen.row(draw, row, MARGIN + LINE_HEIGHT * number)
         images.append(image.quantize(palette=palette, dither=Image.Dither.NONE))
     durations = [round(frame.seconds * 1000) for frame in frames]
-    try:
-        images[0].save(path, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
-    except OSError as error:
-        raise PromptError(f"The GIF cannot be written to {path} ({error.strerror}); give another path.") from None
+    with write_file(path, GIF, force=force, inputs=inputs) as file:
+        images[0].save(file, "GIF", save_all=True, append_images=images[1:], duration=durations, loop=0)
 
 
 def entropy_svg(trace: list[Traced], *, labels: bool = False, title: str | None = None) -> str:
@@ -245,11 +249,11 @@ def _legend(top: float, y: float) -> str:
 
 def _level(entropy: float, top: float) -> int:
     """By the square root: most positions are nearly certain, and those are where differences matter."""
-    return round((LEVELS - 1) * (min(max(entropy, 0.0), top) / top) ** 0.5)
+    return round((LEVELS - 1) * math.sqrt(min(max(entropy, 0.0), top) / top))
 
 
 def _color(level: int) -> str:
-    """Of `SCALE`, in between its colors."""
+    """The color of a level: one of `SCALE`, or between two of them."""
     place = level / (LEVELS - 1) * (len(SCALE) - 1)
     index = min(int(place), len(SCALE) - 2)
     return "#" + _blend(SCALE[index], SCALE[index + 1], place - index).hex()
@@ -266,7 +270,7 @@ def _frames(trace: list[Traced], columns: int, heat: bool, title: str | None, sp
     ends = [seconds for seconds, _, _ in screens[1:]]
     above = [Row([("title", line)]) for line in _title_lines(trace, title, columns)]
     above += [Row([])] * bool(above)
-    frames = []
+    frames: list[Frame] = []
     for (start, rows, status), end in zip(screens, [*ends, screens[-1][0] + LAST_FRAME], strict=True):
         rows = [*above, *rows, *[Row([])] * (tallest - len(rows) + 1), Row([("status", status)])]
         longest = LONGEST_FRAME if len(frames) < len(ends) else LAST_FRAME
@@ -278,7 +282,7 @@ def _frames(trace: list[Traced], columns: int, heat: bool, title: str | None, sp
 def _title_lines(trace: list[Traced], title: str | None, columns: int) -> list[str]:
     """The given title or the trace's own, in as many rows as there is room for; none where it is empty."""
     words = printable(" ".join((trace[0].title if title is None else title).split()))
-    rows = [row.text for row in layout([("", f"> {words}")], columns, words=True)] if words else []
+    rows = [row.text for row in break_rows([("", f"> {words}")], columns, words=True)] if words else []
     return rows if len(rows) <= MOST_TITLE_ROWS else [*rows[: MOST_TITLE_ROWS - 1], "  …"]
 
 
@@ -298,14 +302,14 @@ def _screens(trace: list[Traced], columns: int, heat: bool) -> Iterator[tuple[fl
                 status = f"canvas {draft.canvas + 1} · step {draft.step}/{draft.max_steps}"
                 status += f" · entropy {draft.mean_entropy:.3f}"
                 spans = _apart([*text, *draft_spans(draft, style)])
-                yield traced.seconds, layout(spans, columns, words=True)[-MOST_ROWS:], status
+                yield traced.seconds, break_rows(spans, columns, words=True)[-MOST_ROWS:], status
             case Commit() as commit:
                 text += [
                     ("thought thought-committed" if kind == "thinking" else "committed", printable(part))
                     for kind, part in commit.parts
                     if kind != "tool_call"
                 ]
-                yield traced.seconds, layout(_apart(text), columns, words=True)[-MOST_ROWS:], status
+                yield traced.seconds, break_rows(_apart(text), columns, words=True)[-MOST_ROWS:], status
 
 
 def _style(kind: str, accepted: bool, entropy: float) -> str:

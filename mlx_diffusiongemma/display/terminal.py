@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from ..events import Commit, Done, Draft, Event, Filled, PartKind, Prefill, Stats
-from .cells import Row, Span, layout, printable
+from .cells import Row, Span, break_rows, printable
 
 if TYPE_CHECKING:
     from ..options import GenerationOptions
@@ -42,7 +42,7 @@ def show(
 
 
 def statistics_line(stats: Stats, columns: int | None = None) -> str:
-    """What a request cost, for people: one line, or as many as it takes in so many columns, broken between its parts.
+    """Say what a request cost: in one line, or as many as it takes in so many columns, broken between its parts.
 
     columns: None is the width of the terminal on stderr, where there is one.
     """
@@ -102,8 +102,9 @@ def _duration(seconds: float) -> str:
 
 
 def draft_spans(draft: Draft, style: Callable[[PartKind, bool, float], str]) -> list[Span]:
-    """A draft for `layout`, thoughts and calls too. style: from the kind of part that a token belongs to, whether it is
-    accepted and its entropy in nats.
+    """A draft for `break_rows`, thoughts and calls too.
+
+    style: names one, from the kind of part that a token belongs to, whether it is accepted and its entropy in nats.
     """
     if not draft.pieces:
         return [(style("text", True, 0.0), printable(draft.text))]
@@ -227,8 +228,8 @@ class View:
         if not self.region:
             return
         columns, lines = self.region.size()
-        line = layout([("", self.line)], columns)
-        rows = layout(self._spans(), columns)
+        line = break_rows([("", self.line)], columns)
+        rows = break_rows(self._spans(), columns)
         excess = max(len(rows) + 1 - lines, 0)  # the top of a long line gives way first, then the draft's end
         rows = rows[min(excess, max(len(line) - 1, 0)) :][: lines - 1]
         self.region.draw([*rows, _fitting(self.status, columns - 1)])
@@ -269,7 +270,7 @@ class View:
 
 
 def _fitting(parts: list[str], columns: int) -> Row:
-    """As many of `parts` as a row holds."""
+    """Join as many of `parts` as a row holds."""
     text = parts[0][:columns]
     for part in parts[1:]:
         if len(text) + len(" · ") + len(part) > columns:
@@ -328,7 +329,7 @@ class _Region:
         columns, lines = self.size()
         rows = self.pushed_out + self.rows
         if columns < self.columns:  # the terminal has wrapped the rows since
-            rows = [part for row in rows for part in layout([("", row.text)], columns) or [row]]
+            rows = [part for row in rows for part in break_rows([("", row.text)], columns) or [row]]
         self.pushed_out = rows[: max(len(rows) - lines, 0)]
         up = min(len(rows), lines) - 1
         return f"\r\x1b[{up}A" if up > 0 else "\r"

@@ -12,9 +12,11 @@ from typing import Any
 
 from ..errors import PromptError
 from ..events import Commit, Done, Draft, Event, Filled, Part, Prefill, Stats, ToolCall
+from ..files import Kind, explained, open_file
 from .terminal import show
 
 LONGEST_PAUSE = 1.0  # seconds that a replay waits for an event
+LONGEST_LINE = 1 << 24  # bytes of a file that are looked at to see whether it is a trace
 USUAL_PAUSE = 0.1  # where the file holds no times
 
 
@@ -33,19 +35,19 @@ def event_json(event: Event) -> str:
 
 
 class TraceWriter:
-    """Writes the events of one request to the file at `path`, a line each; whatever stops it, it can be replayed.
+    """Writes the events of one request to the file at `path`, a line each, which appears when it is closed.
 
+    Whatever ends the request, Ctrl-C too, the events until then are a trace that can be replayed; a request without
+    one leaves no file. Nothing takes the file's place where writing fails. force: replace a file that is no trace, too.
     title: what was asked, for whoever looks at it later; kept with the first event.
-    Raises PromptError where the file cannot be written.
+    Raises PromptError where the file cannot be written; that is known before the first event.
     """
 
-    def __init__(self, path: str | Path, title: str = ""):
-        self.title = title
-        try:
-            self.file = Path(path).open("w", encoding="utf-8")  # noqa: SIM115
-        except OSError as error:
-            raise PromptError(f"The trace cannot be written to {path} ({error.strerror}); give another path.") from None
+    def __init__(self, path: str | Path, title: str = "", *, force: bool = False):
+        self.path, self.title = path, title
         self.started: float | None = None
+        self._whole = open_file(path, TRACE, force=force)
+        self._written = 0  # bytes of whole lines
 
     def write(self, event: Event) -> None:
         now = time.monotonic()
@@ -53,7 +55,15 @@ class TraceWriter:
         content = _fields(event) | {"time": round(now - self.started, 4)}
         if self.title:
             content, self.title = content | {"title": self.title}, ""
-        self.file.write(_line(content) + "\n")
+        line = (_line(content) + "\n").encode()
+        try:
+            with explained(self.path, TRACE):
+                self._whole.file.write(line)
+                self._whole.file.flush()  # so that a full disk is noticed at once, and a pipe's reader sees each event
+        except PromptError:
+            self._whole.drop()
+            raise
+        self._written += len(line)
 
     def watch(self, events: Iterable[Event]) -> Iterator[Event]:
         """Write each of `events` and pass it on."""
@@ -62,7 +72,19 @@ class TraceWriter:
             yield event
 
     def close(self) -> None:
-        self.file.close()
+        """Let the file appear, unless it is empty. Raises PromptError."""
+        if self._whole.file.closed:
+            return
+        if not self._written:
+            self._whole.drop()
+            return
+        try:
+            with explained(self.path, TRACE):
+                if self._whole.file.seekable():
+                    self._whole.file.truncate(self._written)  # without a line that was cut
+                self._whole.keep()
+        finally:
+            self._whole.drop()
 
     def __enter__(self) -> TraceWriter:
         return self
@@ -72,7 +94,7 @@ class TraceWriter:
 
 
 def read_trace(path: str | Path) -> list[Traced]:
-    """What `TraceWriter` wrote, or the output of `--json`. Raises PromptError where the file is neither."""
+    """Read what `TraceWriter` wrote, or the output of `--json`. Raises PromptError where the file is neither."""
     try:
         lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except OSError as error:
@@ -90,6 +112,20 @@ def read_trace(path: str | Path) -> list[Traced]:
                 f"{path} is not a trace: line {number} holds no event; give a file that `--trace` wrote."
             ) from None
     return trace
+
+
+def _is_trace(path: Path) -> bool:
+    """Whether the first line of the file at `path` is an event; the others may be damaged."""
+    with path.open("rb") as file:
+        first = file.readline(LONGEST_LINE)
+    try:
+        _event(json.loads(first))
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+TRACE = Kind("a trace", _is_trace)
 
 
 def replay(path: str | Path, speed: float = 1.0, *, live: bool | None = None, heat: bool = False) -> Done:
@@ -125,9 +161,7 @@ def _fields(event: Event) -> dict[str, Any]:
             content["tool_calls"] = [vars(call) for call in event.tool_calls]
         case Done(_, stats):
             rates = ("prompt_tokens_per_second", "tokens_per_second", "steps_per_canvas", "tokens_per_step")
-            values = (stats.prompt_tokens_per_second, stats.tokens_per_second)
-            values += (stats.steps_per_canvas, stats.tokens_per_step)
-            content["stats"] = vars(stats) | {name: round(v, 3) for name, v in zip(rates, values, strict=True)}
+            content["stats"] = vars(stats) | {name: round(getattr(stats, name), 3) for name in rates}
     return content
 
 
@@ -161,8 +195,10 @@ def _draft(content: dict[str, Any]) -> Draft:
     pieces = [str(piece) for piece in content.get("pieces") or []]
     if not tokens or len({len(tokens), len(accepted), len(entropy), len(pieces) or len(tokens)}) > 1:
         raise ValueError("a draft needs as many tokens as marks, entropies and pieces")
-    numbers = (int(content[name]) for name in ("canvas", "step", "max_steps"))
-    return Draft(*numbers, tokens, accepted, entropy, str(content["text"]), _parts(content.get("parts", ())), pieces)
+    canvas, step, most = (int(content[name]) for name in ("canvas", "step", "max_steps"))
+    return Draft(
+        canvas, step, most, tokens, accepted, entropy, str(content["text"]), _parts(content.get("parts", ())), pieces
+    )
 
 
 def _parts(pairs: Iterable[Any]) -> list[Part]:

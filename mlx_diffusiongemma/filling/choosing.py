@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoints.memory import PeakMemory
 from ..errors import PromptError
-from ..events import Done, Event, Prefill, Stats
+from ..events import Done, Event, FinishReason, Prefill, Stats
 from ..generation.prefix import encode_prompt
 from ..generation.request import make_request, request_options
 from .gaps import text_tokens
@@ -58,49 +58,68 @@ def choose(
     if max(map(len, spelled)) > length // 2:
         raise PromptError(f"A choice has more than {length // 2 - 1} tokens; give shorter ones.")
     noise = noise_canvases(request.options.seed, canvases, length, model.config.text.vocab_size)
-    report = on_event or (lambda event: None)
-    try:
-        scores = _scores(model, processor, request, spelled, noise, report)
-    except Cancelled:
+    asking = _Asking(model, processor, request, on_event or (lambda event: None))
+    scores = asking.scores(spelled, noise)
+    if not scores:
         return {}
     top = max(scores)
     weights = [math.exp(score - top) for score in scores]
     return {choice: weight / sum(weights) for choice, weight in zip(choices, weights, strict=True)}
 
 
-def _scores(
-    model: DiffusionGemma,
-    processor: Processor,
-    request: Request,
-    spelled: list[list[int]],
-    noise: list[list[int]],
-    report: Callable[[Event], object],
-) -> list[float]:
-    """The log probability of each choice. Raises Cancelled."""
-    prompt, kept = request.prompt, request.cache
-    cache, stats = kept or model.make_cache(), Stats(prompt_tokens=len(prompt.tokens))
-    peak, started = PeakMemory(), time.perf_counter()
-    with nullcontext() if kept is None else kept.reserved():
-        for number, done in enumerate(encode_prompt(model, cache, prompt)):
-            stats = stats if number else replace(stats, cached_tokens=done)
-            report(Prefill(done, len(prompt.tokens)))
-            if request.cancelled:
+class _Asking:
+    """Asks for the choices' tokens, and reports what that took."""
+
+    def __init__(
+        self, model: DiffusionGemma, processor: Processor, request: Request, report: Callable[[Event], object]
+    ) -> None:
+        self.model, self.processor, self.request, self.report = model, processor, request, report
+        kept = request.cache
+        self.cache = model.make_cache(snapshot_bytes=0) if kept is None else kept
+        self.stats = Stats(prompt_tokens=len(request.prompt.tokens))
+
+    def scores(self, spelled: list[list[int]], noise: list[list[int]]) -> list[float]:
+        """The log probability of each choice; nothing where the request was cancelled."""
+        kept = self.request.cache
+        reason: FinishReason = "stop"
+        peak, started = PeakMemory(), time.perf_counter()
+        scores: list[float] = []
+        try:
+            with nullcontext() if kept is None else kept.reserved():
+                self._read_prompt()
+                self.stats = replace(self.stats, prompt_seconds=time.perf_counter() - started)
+                scores = self._read_choices(spelled, noise)
+        except Cancelled:
+            reason = "cancelled"
+        finally:
+            held = peak.stop()
+        rest = time.perf_counter() - started - self.stats.prompt_seconds
+        stats = replace(self.stats, denoise_seconds=rest, peak_memory_bytes=held)
+        self.report(Done(reason, stats, seed=self.request.options.seed))
+        return scores
+
+    def _cancelled(self) -> bool:
+        return self.request.cancelled
+
+    def _read_prompt(self) -> None:
+        prompt = self.request.prompt
+        for number, done in enumerate(encode_prompt(self.model, self.cache, prompt)):
+            if number == 0:
+                self.stats = replace(self.stats, cached_tokens=done)
+            self.report(Prefill(done, len(prompt.tokens)))
+            if self._cancelled():
                 raise Cancelled
-        prefilled = time.perf_counter()
-        opening = reply_opening(model, processor, prompt, cache, noise, lambda: request.cancelled)
+
+    def _read_choices(self, spelled: list[list[int]], noise: list[list[int]]) -> list[float]:
+        """Each choice's tokens, a token's probability being its mean over the canvases. Raises Cancelled."""
+        opening = reply_opening(
+            self.model, self.processor, self.request.prompt, self.cache, len(noise[0]), self._cancelled
+        )
         probes = [
             _left_out(canvas, opening, own, place) for own in spelled for place in range(len(own)) for canvas in noise
         ]
-        values = iter(log_probabilities(model, cache, probes, lambda: request.cancelled))
-    scores = [sum(log_mean([next(values) for _ in noise]) for _ in own) for own in spelled]  # a token's over canvases
-    stats = replace(
-        stats,
-        prompt_seconds=prefilled - started,
-        denoise_seconds=time.perf_counter() - prefilled,
-        peak_memory_bytes=peak.stop(),
-    )
-    report(Done("stop", stats, seed=request.options.seed))
-    return scores
+        values = iter(log_probabilities(self.model, self.cache, probes, self._cancelled))
+        return [sum(log_mean([next(values) for _ in noise]) for _ in own) for own in spelled]
 
 
 def _left_out(noise: list[int], opening: list[int], own: list[int], place: int) -> Probe:

@@ -14,22 +14,25 @@ from ..model.vocabulary import Reading
 
 if TYPE_CHECKING:
     from ..generation.denoising import Denoiser, Job
-    from ..model.cache import Cache
+    from ..model.cache import Cache, CacheRows
     from ..model.diffusion_gemma import DiffusionGemma
 
 Allowed = tuple[int, ...] | None  # ids that a position may take; None: any
 
 
 class InParts:
-    """`model`, which computes at most `most` rows at once, one part of the batch after the other.
+    """Computes what `model` does, at most `most` rows at once: one part of the batch after the other.
 
-    To the run it is one batch: draws and stopping are those of all rows, however few are computed at once.
+    To the run it is one batch: draws and stopping are those of all rows, however few are computed at once. All rows
+    follow the same prefix.
     """
 
     def __init__(self, model: DiffusionGemma, most: int):
         self.model, self.most = model, most
 
-    def denoise(self, canvas: mx.array, cache: Cache, self_conditioning: mx.array | None = None) -> mx.array:
+    def denoise(
+        self, canvas: mx.array, cache: Cache | CacheRows, self_conditioning: mx.array | None = None
+    ) -> mx.array:
         hidden: list[mx.array] = []
         for part in self._parts(canvas.shape[0]):
             own = mx.depends([canvas[part]], hidden[-1:])[0]  # or they would all be in memory together
@@ -41,7 +44,7 @@ class InParts:
         return self.model.embed(tokens)
 
     def read_vocabulary(self, hidden: mx.array, temperature: float | mx.array, key: mx.array | None = None) -> Reading:
-        """As the model's. key: one per row, [B, 2], or none."""
+        """Read the vocabulary as the model does. key: one per row, [B, 2], or none."""
         readings: list[Reading] = []
         for part in self._parts(hidden.shape[0]):
             before = [array for reading in readings[-1:] for array in reading if array is not None]
@@ -49,10 +52,10 @@ class InParts:
             heat = temperature[part] if isinstance(temperature, mx.array) else temperature
             readings.append(self.model.read_vocabulary(own, heat, None if key is None else key[part]))
         columns = zip(*readings, strict=True)
-        return Reading(*(None if arrays[0] is None else self._joined(arrays, hidden.shape[0]) for arrays in columns))
+        return Reading._make(None if arrays[0] is None else self._joined(arrays, hidden.shape[0]) for arrays in columns)
 
     def _parts(self, rows: int) -> list[slice]:
-        """As few as possible and all of one size, for which buffers stay: the last one may repeat some rows."""
+        """Cut the rows into the fewest parts, all of one size, for which buffers stay: the last may repeat rows."""
         count = -(-rows // self.most)
         size = -(-rows // count)
         starts = [min(number * size, rows - size) for number in range(count)]
@@ -81,7 +84,7 @@ class Restricted:
     def read(
         self, hidden: mx.array, temperature: float | mx.array, key: mx.array | None, jobs: Sequence[Job]
     ) -> Reading:
-        """`read_vocabulary` of the canvases, with the restricted positions replaced."""
+        """Read the vocabulary as `denoiser` does, then once more at the restricted positions."""
         reading = self.denoiser.read_vocabulary(hidden, temperature, key)
         heat = mx.array(temperature).reshape(-1, 1, 1)
         for ids, array in self.kinds:
@@ -105,10 +108,9 @@ class Restricted:
         probabilities = mx.exp(log_probabilities)
         tokens = mx.where(where, ids[logits.argmax(axis=-1)], reading.tokens)
         entropy = mx.where(where, -(probabilities * log_probabilities).sum(axis=-1), reading.entropy)
-        if key is None:
+        if key is None or reading.sample is None or reading.soft_embedding is None:
             return Reading(tokens, None, entropy, None)
         sample = mx.where(where, ids[vocabulary.sample_from(logits, key)], reading.sample)
-        soft = probabilities.astype(reading.soft_embedding.dtype) @ self.model.embed(ids).astype(
-            reading.soft_embedding.dtype
-        )
+        dtype = reading.soft_embedding.dtype
+        soft = probabilities.astype(dtype) @ self.model.embed(ids).astype(dtype)
         return Reading(tokens, sample, entropy, mx.where(where[..., None], soft, reading.soft_embedding))

@@ -14,7 +14,7 @@ from ..errors import PromptError
 from ..events import Event, Result
 from ..generation.request import make_request, request_options
 from ..options import GenerationOptions
-from .gaps import Filling, Gap, longest_gap, text_tokens
+from .gaps import Filling, Gap, Segment, longest_gap, text_tokens
 from .infilling import reply_ending
 from .search import Attempt, GapFiller
 
@@ -26,10 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Edited(Result):
-    """`text` is the whole text with the span written anew, or as it was where `finish_reason` is cancelled or length.
-    diff: unified, from the old text to the new.
+    """An edited text: `text` is all of it, with the span as it was where `finish_reason` is cancelled or length.
 
-    attempts: the lengths tried and their scores.
+    diff: unified, from the old text to the new. attempts: the lengths tried and their scores.
     """
 
     diff: str = ""
@@ -83,36 +82,37 @@ def edit(
     if isinstance(instruction, str):
         instruction = f"{instruction}\n\n{text[start:stop]}"
     gap = Gap(tuple(_started(own, length, strength, settings.seed) for length in _lengths(len(own), longest)))
-    segments = [text_tokens(processor, text[:start]), gap, text_tokens(processor, text[stop:])]
+    segments: list[Segment] = [text_tokens(processor, text[:start]), gap, text_tokens(processor, text[stop:])]
     request = make_request(model, processor, instruction, options=settings, cache=cache, cancel=cancel)
+
+    def written(tokens: list[int] | None) -> str:
+        return text[start:stop] if tokens is None else processor.draft_text(tokens)
+
     filler = GapFiller(
         model,
         processor,
         request,
         [segment for segment in segments if segment],
         reply_ending(processor, is_reply=True),
-        [text[:start], processor.draft_text, text[stop:]],
+        [text[:start], written, text[stop:]],
         replies=True,
         on_event=on_event,
     )
     stats = filler.run()
-    written = [processor.draft_text(tokens) for tokens in filler.filled]  # one; none where it was not finished
-    new = text[:start] + "".join(written or [text[start:stop]]) + text[stop:]
     return Edited(
-        text=new,
+        text=filler.text,
         tokens=filler.tokens,
         finish_reason=filler.finish_reason,
         stats=stats,
         seed=settings.seed,
-        diff=unified_diff(text, new),
+        diff=unified_diff(text, filler.text),
         attempts=filler.attempts,
     )
 
 
 def unified_diff(before: str, after: str, name: str = "text") -> str:
-    """What `diff -u` prints, "" where nothing changed; `name` is the file's."""
-    lines = [_lines(before), _lines(after)]
-    diff = difflib.unified_diff(*lines, f"a/{name}", f"b/{name}")
+    """Compare two texts as `diff -u` prints it; "" where nothing changed. name: the file's."""
+    diff = difflib.unified_diff(_lines(before), _lines(after), f"a/{name}", f"b/{name}")
     return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in diff)
 
 

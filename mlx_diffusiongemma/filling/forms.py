@@ -99,7 +99,7 @@ def fill(
     ]
     ending = reply_ending(processor, instruction is not None)
     thought = processor.tokenizer.encode(EMPTY_THOUGHT, add_special_tokens=False)  # which may come first
-    needed = len(thought) + most_tokens(segments)
+    needed = len(thought) + most_tokens(segments) + len(ending or ())
     if needed > settings.canvas_length:
         raise PromptError(
             f"The template takes up to {needed} tokens; a canvas has {settings.canvas_length}, so fill it in parts."
@@ -114,15 +114,18 @@ def fill(
         ending,
         [partial(_read, processor, own=fields[piece]) if place % 2 else piece for place, piece in enumerate(pieces)],
         replies=instruction is not None,
+        at_once=True,
         on_event=on_event,
     )
     confidence: dict[str, float] = {}
     stats = filler.run(lambda: confidence.update(_confidence(filler, names)))
     if filler.finish_reason != "stop":
-        return Form("", finish_reason=filler.finish_reason, stats=stats, seed=settings.seed, attempts=filler.attempts)
+        return Form(
+            filler.text, finish_reason=filler.finish_reason, stats=stats, seed=settings.seed, attempts=filler.attempts
+        )
     values = {name: _read(processor, tokens, fields[name]) for name, tokens in zip(names, filler.filled, strict=True)}
     return Form(
-        text=PLACE.sub(lambda place: values[place[1]], template),
+        text=filler.text,
         tokens=filler.tokens,
         stats=stats,
         seed=settings.seed,
@@ -195,9 +198,9 @@ def _read(processor: Processor, tokens: list[int], own: Field) -> str:
 
 
 def _confidence(filler: GapFiller, names: list[str]) -> dict[str, float]:
-    """How sure the model is of each field, see `Form`. Raises Cancelled."""
+    """Tell how sure the model is of each field, see `Form`. Raises Cancelled."""
     canvas = filler.canvas
-    tokens = tuple(canvas.canvas.tokens)
+    tokens = tuple(canvas.tokens)
     probes = [[filler.probe(tokens, place, {place}) for place in range(start, stop)] for start, stop in canvas.gaps]
     values = iter(filler.log_probabilities([probe for own in probes for probe in own]))
     means = [sum(next(values) for _ in own) / len(own) for own in probes]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,6 +40,8 @@ class Gap:
 
 
 Segment = list[int] | Gap
+# Of a text: as it stands, or what the tokens of a gap read as, and what stands there while it is open (None).
+Piece = str | Callable[[list[int] | None], str]
 
 
 class GappedCanvas(NamedTuple):
@@ -59,6 +61,11 @@ class GappedCanvas(NamedTuple):
     def lengths(self) -> tuple[int, ...]:
         return tuple(stop - start for start, stop in self.gaps)
 
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens of a canvas that is filled: one at every position."""
+        return [token for token in self.canvas.tokens if token is not None]
+
     def filled(self, tokens: Sequence[int]) -> GappedCanvas:
         """The same canvas after denoising."""
         return self._replace(canvas=Canvas(tokens, self.canvas.pinned))
@@ -69,9 +76,19 @@ def longest_gap(canvas_length: int) -> int:
     return canvas_length * 3 // 4
 
 
+def least_room(window: Sequence[Segment]) -> int:
+    """The tokens that the gaps of a canvas take at least."""
+    return sum(min(len(own.tokens) for own in gap.fillings) for gap in window if isinstance(gap, Gap))
+
+
 def most_tokens(segments: Sequence[Segment]) -> int:
     """The tokens of `segments` with the longest filling in every gap."""
     return sum(segment.longest if isinstance(segment, Gap) else len(segment) for segment in segments)
+
+
+def given_tokens(segments: Sequence[Segment]) -> list[int]:
+    """The tokens of `segments`, without those that the gaps will have."""
+    return [token for segment in segments if not isinstance(segment, Gap) for token in segment]
 
 
 def lengths_up_to(most: int) -> list[int]:
@@ -89,13 +106,14 @@ def text_tokens(processor: Processor, text: str) -> list[int]:
         text.encode()
     except UnicodeEncodeError as error:
         raise PromptError(f"The text is not valid Unicode ({error.reason}); check where it comes from.") from None
-    return processor.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    ids: list[int] = processor.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    return ids
 
 
 def lay_out(
     window: Sequence[Segment], choices: Sequence[int], length: int, ending: Sequence[int] | None
 ) -> GappedCanvas:
-    """`window` on a canvas of `length`, with the chosen filling in each gap and all else pinned.
+    """Lay `window` on a canvas of `length`, with the chosen filling in each gap and all else pinned.
 
     ending: what follows the text where it ends on this canvas; its last token fills the rest. None: the rest is free.
     """

@@ -36,8 +36,8 @@ class Hole:
 
 @dataclass(frozen=True)
 class Infilled(Result):
-    """`text` is the whole text; outside the holes it is what was given, byte for byte. Holes that were not filled
-    (`finish_reason` cancelled or length) are empty in it, and not among `holes`.
+    """A text whose holes are filled: `text` is all of it; outside the holes it is what was given, byte for byte. Holes
+    that were not filled (`finish_reason` cancelled or length) are empty in it, and not among `holes`.
 
     holes: what filled each hole. attempts: the lengths tried and their scores. canvases: how many it took; more than
     one where the parts did not fit one together, and then a hole saw only what follows it on its own canvas.
@@ -91,14 +91,13 @@ def infill(
         prompt = processor.prompt(instruction)
     ending = None if isinstance(parts[-1], Hole) else reply_ending(processor, instruction is not None)
     request = make_request(model, processor, prompt, options=settings, cache=cache, cancel=cancel)
-    pieces = [processor.draft_text if isinstance(part, Hole) else part for part in parts]
+    pieces = [(lambda tokens: processor.draft_text(tokens or [])) if isinstance(part, Hole) else part for part in parts]
     is_reply = instruction is not None
     filler = GapFiller(model, processor, request, segments, ending, pieces, replies=is_reply, on_event=on_event)
     stats = filler.run()
     holes = [processor.draft_text(tokens) for tokens in filler.filled]
-    rest = iter(holes)
     return Infilled(
-        text="".join(next(rest, "") if isinstance(part, Hole) else part for part in parts),
+        text=filler.text,
         tokens=filler.tokens,
         finish_reason=filler.finish_reason,
         stats=stats,
@@ -109,11 +108,15 @@ def infill(
     )
 
 
-def reply_ending(processor: Processor, is_reply: bool) -> list[int]:
-    """What follows a finished text on its canvas: the end of the turn where it is a reply, then the end of text."""
+def reply_ending(processor: Processor, is_reply: bool) -> list[int] | None:
+    """The tokens after a finished text on its canvas: the end of the turn where it is a reply, then the end of text.
+
+    None where the tokenizer has neither: what follows the text is then left to the model.
+    """
     names = [END_OF_TURN, END_OF_TEXT] if is_reply else [END_OF_TEXT]
     vocabulary = processor.tokenizer.get_vocab()
-    return [vocabulary.get(name, processor.tokenizer.eos_token_id) for name in names]
+    ids = [vocabulary.get(name, processor.tokenizer.eos_token_id) for name in names]
+    return [token for token in ids if token is not None] or None
 
 
 def _checked(parts: Sequence[str | Hole], longest: int) -> list[str | Hole]:

@@ -1,4 +1,4 @@
-"""How probable given tokens are at given places of a canvas, and what follows from it."""
+"""Scores: how probable given tokens are at given places of a canvas, and what follows from it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from ..checkpoints.accounting import rows_after
 from ..generation import sampling
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 ROWS = 8  # canvases in one forward pass
 POSITIONS = 32  # of which the logits over the whole vocabulary exist at once
-TURN, THOUGHT, EMPTY_THOUGHT = "<|turn>", "<|channel>", "<|channel>thought\n<channel|>"
+THOUGHT, EMPTY_THOUGHT = "<|channel>", "<|channel>thought\n<channel|>"
 
 
 class Probe(NamedTuple):
@@ -30,7 +31,7 @@ class Probe(NamedTuple):
 
 
 class Cancelled(Exception):
-    """What is being computed is not wanted any more. Never leaves the request that was cancelled."""
+    """Nobody wants any more what is being computed. Never leaves the request that was cancelled."""
 
 
 def log_probabilities(
@@ -68,7 +69,7 @@ def _read(model: DiffusionGemma, hidden: mx.array, asked: list[tuple[int, Probe]
         few = asked[first : first + POSITIONS]
         at = hidden[mx.array([row for row, _ in few]), mx.array([probe.position for _, probe in few])]
         values = _log_softmax_at(model.logits(at[None])[0], mx.array([probe.token for _, probe in few]))
-        found |= zip((probe for _, probe in few), values.tolist(), strict=True)
+        found |= zip((probe for _, probe in few), np.array(values).tolist(), strict=True)
     return found
 
 
@@ -80,7 +81,9 @@ def _log_softmax_at(logits: mx.array, tokens: mx.array) -> mx.array:
 def noise_canvases(seed: int, count: int, length: int, vocabulary: int) -> list[list[int]]:
     """Canvases of uniform random ids: the starting canvases that a batch with this seed would have."""
     draws = [sampling.Draws(seed, row) for row in range(count)]
-    return sampling.noise(sampling.draw_keys(draws, [0] * count, sampling.NOISE), length, vocabulary).tolist()
+    keys = sampling.draw_keys(draws, [0] * count, sampling.NOISE)
+    canvases: list[list[int]] = np.array(sampling.noise(keys, length, vocabulary)).tolist()
+    return canvases
 
 
 def reply_opening(
@@ -88,27 +91,26 @@ def reply_opening(
     processor: Processor,
     prompt: Prompt,
     cache: Cache,
-    canvases: list[list[int]],
+    length: int,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> list[int]:
     """The tokens of an empty thought where a reply to `prompt` (encoded in `cache`) begins with one, else none.
 
     Nothing in a checkpoint's files tells: some templates end the prompt with the block, some models write it by
-    themselves, and others reply at once. So the model is asked: what it puts first on `canvases` of noise decides. It
-    is asked once for all prompts that end alike, with the header of the reply's turn.
+    themselves, and others reply at once. So the model is asked: what it puts first on a canvas of noise, of so many
+    tokens and the same for all, decides. The cache remembers the answer for this prompt.
     Raises Cancelled, as `log_probabilities`.
     """
-    vocabulary = processor.tokenizer.get_vocab()
-    marker, turn = vocabulary.get(THOUGHT), vocabulary.get(TURN)
+    marker = processor.tokenizer.get_vocab().get(THOUGHT)
     block = processor.tokenizer.encode(EMPTY_THOUGHT, add_special_tokens=False)
     if marker is None or prompt.tokens[-len(block) :] == block:
         return []
-    turns = [place for place, token in enumerate(prompt.tokens) if token == turn]
-    header = tuple(prompt.tokens[turns[-1] :]) if turns else ()
-    if header not in processor.reply_openings:
-        values = log_probabilities(model, cache, [Probe(tuple(canvas), 0, marker) for canvas in canvases], cancelled)
-        processor.reply_openings[header] = log_mean(values) > math.log(0.5)
-    return block if processor.reply_openings[header] else []
+    asked = length, *cache.labels
+    if asked != cache.reply_opening[0]:
+        [canvas] = noise_canvases(0, 1, length, model.config.text.vocab_size)
+        [value] = log_probabilities(model, cache, [Probe(tuple(canvas), 0, marker)], cancelled)
+        cache.reply_opening = asked, value > math.log(0.5)
+    return block if cache.reply_opening[1] else []
 
 
 def log_mean(log_probabilities: Sequence[float]) -> float:

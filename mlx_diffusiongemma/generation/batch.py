@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from mlx.utils import tree_flatten
+import mlx.core as mx
 
 from ..checkpoints.accounting import batch_bytes
 from ..checkpoints.memory import usable_bytes
@@ -21,7 +21,7 @@ from .sampling import seed_of_row
 
 if TYPE_CHECKING:
     from ..model.diffusion_gemma import DiffusionGemma
-    from ..options import GenerationOptions
+    from ..options import GenerationOptions, Settings
     from ..processing.processor import Processor
     from .request import PromptLike
 
@@ -41,8 +41,8 @@ def generate_batch(
 
     `Result.index` is the place of its prompt, `Result.seed` the seed with which `generate` gives the same text. rows:
     most replies that are denoised together; fewer where memory does not allow as many. A prompt waits until a reply
-    ends. Setting `cancel`, or closing the iterator, stops all within one step. Raises PromptError before anything is
-    computed.
+    ends; pictures that it names by their paths have to stay till then. Setting `cancel`, or closing the iterator, stops
+    all within one step. Raises PromptError before anything is computed.
     """
     if not isinstance(prompts, Sequence) or isinstance(prompts, str | bytes):
         raise PromptError(f"A batch is a list of prompts, not a {type(prompts).__name__}; give a single one in a list.")
@@ -51,19 +51,23 @@ def generate_batch(
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise PromptError(f"rows is {rows!r}; give a whole number of at least 1.")
     settings = request_options(model, options, max_tokens, seed)
-    requests = [
-        make_request(
-            model, processor, prompt, options=replace(settings, seed=seed_of_row(settings.seed, index)), cancel=cancel
-        )
-        for index, prompt in enumerate(prompts)
-    ]
+    prompts = list(prompts)  # which the caller may change meanwhile
+
+    def make(index: int) -> Request:
+        own = replace(settings, seed=seed_of_row(settings.seed, index))
+        return make_request(model, processor, prompts[index], options=own, cancel=cancel)
+
+    # All are checked before the first is answered; those with images, which are large, are then made again in turn.
+    checked = [None if request.prompt.images else request for request in map(make, range(len(prompts)))]
+    requests = (make(index) if request is None else request for index, request in enumerate(checked))
     return _results(model, processor, requests, settings, rows)
 
 
 def _results(
-    model: DiffusionGemma, processor: Processor, requests: list[Request], options: GenerationOptions, rows: int
+    model: DiffusionGemma, processor: Processor, requests: Iterator[Request], options: Settings, rows: int
 ) -> Iterator[Result]:
-    room = usable_bytes() - sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+    # Beside the weights, whatever else the process holds now: kept caches, or other requests.
+    room = usable_bytes() - mx.get_active_memory()
     item = model.dtype.size
     most = model.config.text.max_position_embeddings
 

@@ -46,4 +46,4 @@ class Canvas:
         tokens = self.tokens[number * length : (number + 1) * length]
         pinned = self.pinned[number * length : (number + 1) * length]
         rest = length - len(tokens)
-        return Canvas(tokens + (None,) * rest, pinned + (False,) * rest)
+        return Canvas([*tokens, *[None] * rest], [*pinned, *[False] * rest])

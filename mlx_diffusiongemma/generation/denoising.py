@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -16,7 +16,7 @@ from .sampling import Draws
 
 if TYPE_CHECKING:
     from ..model.vocabulary import Reading
-    from ..options import GenerationOptions
+    from ..options import Settings
 
 
 class Denoiser(Protocol):
@@ -39,8 +39,8 @@ class Job:
 
 
 class Step(NamedTuple):
-    """What one step, counted from 1, shows of one canvas: its argmax tokens, which positions are accepted, their
-    entropies in nats, and whether the canvas is done.
+    """One canvas as a step, counted from 1, leaves it: its argmax tokens, which positions are accepted, their entropies
+    in nats, and whether the canvas is done.
     """
 
     job: Job
@@ -68,9 +68,7 @@ class Denoising:
     reader: reads the vocabulary; None is the model itself.
     """
 
-    def __init__(
-        self, model: Denoiser, options: GenerationOptions, vocabulary: int, reader: Reader | None = None
-    ) -> None:
+    def __init__(self, model: Denoiser, options: Settings, vocabulary: int, reader: Reader | None = None) -> None:
         self.model, self.options, self.vocabulary, self.reader = model, options, vocabulary, reader
         self._joining: list[Job] = []
         self._pending: _Pending | None = None
@@ -86,6 +84,8 @@ class Denoising:
 
     def drop(self, leaving: Sequence[Job]) -> None:
         """Let canvases leave, whatever they are like; what they held beside their prefixes is freed."""
+        if not leaving:
+            return
         self._joining = [job for job in self._joining if job not in leaving]
         if self._pending:
             staying = [row for row, job in enumerate(self._pending.after.jobs) if job not in leaving]
@@ -93,7 +93,7 @@ class Denoising:
         for job in leaving:
             job.cache.release()
 
-    def steps(self) -> Iterator[list[Step]]:
+    def steps(self) -> Generator[list[Step], None, None]:
         """Run until every canvas is done; closing the iterator drops those that are left."""
         try:
             while self.jobs:
@@ -109,24 +109,31 @@ class Denoising:
         """
         if self._pending is None:
             self._pending = self._dispatched(self._compute(self._newcomers()))
+            self._joining = []
         pending, newcomers = self._pending, self._newcomers()
+        if pending is None:
+            return []
         going = [row for row, number in enumerate(pending.after.numbers) if number < self.options.max_steps]
         following = self._compute(pending.after.rows(going) + newcomers)
         shown = pending.read(self.options.max_steps)
-        staying = [row for row, step in enumerate(shown) if not step.finished]
-        if len(staying) < len(shown):
-            # What was built may compute rows that are done: drop it, so that it holds no buffer, and build it anew.
+        staying = [row for row in going if not shown[row].finished]
+        if staying != going:
+            # That graph computes rows which are done: drop it, so that it holds no buffer, and build a smaller one.
             del following
             for state in (pending.after, *newcomers):
                 for job in state.jobs:
                     job.cache.release()
             following = self._compute(pending.after.rows(staying) + newcomers)
-        self._pending = self._dispatched(following)
+        self._pending, self._joining = self._dispatched(following), []
+        used = {id(job.cache) for job in self.jobs}
+        for step in shown:
+            if step.finished and id(step.job.cache) not in used:
+                step.job.cache.release()
         return shown
 
     def _newcomers(self) -> list[_State]:
         """The canvases that wait to join, before their first step: one state, or none."""
-        jobs, self._joining = self._joining, []
+        jobs = self._joining
         if not jobs:
             return []
         rows, length = len(jobs), len(jobs[0].canvas.tokens)
@@ -164,11 +171,12 @@ class Denoising:
         mean = sampling.mean_entropy(entropy, pinned)
         finished = sampling.finished(unchanged, mean, options.stability, options.confidence)
         canvas = state.canvas
-        if goes_on:
+        if sample is not None:
             canvas = mx.where(accepted, sample, self._noise(jobs, numbers, tokens.shape[1]))
             if pinned is not None:
                 canvas = mx.where(pinned, start, canvas)
-                soft = mx.where(pinned[..., None], self.model.embed(start), soft)
+        if soft is not None and pinned is not None:
+            soft = mx.where(pinned[..., None], self.model.embed(start), soft)
         after = _State(jobs, numbers, canvas, tokens, unchanged, start, soft, pinned)
         return _Pending(_packed(tokens, accepted, entropy, finished), after, cache)
 
@@ -185,7 +193,7 @@ class Denoising:
 
 
 class _State(NamedTuple):
-    """What the next step of some canvases starts from.
+    """Some canvases between two steps: all that the next one starts from.
 
     numbers: the steps that each has had. canvas [B, L]: the tokens to read. tokens [B, L] and unchanged [B]: the last
     argmax canvas, and for how many steps it has been the same. start [B, L]: where they began. soft_embedding
@@ -212,8 +220,8 @@ class _State(NamedTuple):
         if len(rows) == len(self.jobs):
             return [self]
         index = mx.array(rows)
-        arrays = (None if array is None else array[index] for array in self[2:])
-        return [_State([self.jobs[row] for row in rows], [self.numbers[row] for row in rows], *arrays)]
+        lists = [self.jobs[row] for row in rows], [self.numbers[row] for row in rows]
+        return [_State._make([*lists, *(None if array is None else array[index] for array in self[2:])])]
 
     def joined(self, other: _State) -> _State:
         """These rows and then the others. What only one side has is zero for the other: nothing believed or pinned."""
@@ -221,7 +229,7 @@ class _State(NamedTuple):
             _stacked(mine, theirs, len(self.jobs), len(other.jobs))
             for mine, theirs in zip(self[2:], other[2:], strict=True)
         )
-        return _State(self.jobs + other.jobs, self.numbers + other.numbers, *arrays)
+        return _State._make([self.jobs + other.jobs, self.numbers + other.numbers, *arrays])
 
 
 class _Pending(NamedTuple):
@@ -252,8 +260,9 @@ def _packed(tokens: mx.array, accepted: mx.array, entropy: mx.array, finished: m
 
 
 def _stacked(first: mx.array | None, second: mx.array | None, rows: int, other_rows: int) -> mx.array | None:
-    if first is None and second is None:
+    known = second if first is None else first
+    if known is None:
         return None
-    first = mx.zeros((rows, *second.shape[1:]), second.dtype) if first is None else first
-    second = mx.zeros((other_rows, *first.shape[1:]), first.dtype) if second is None else second
+    first = mx.zeros((rows, *known.shape[1:]), known.dtype) if first is None else first
+    second = mx.zeros((other_rows, *known.shape[1:]), known.dtype) if second is None else second
     return mx.concatenate([first, second])

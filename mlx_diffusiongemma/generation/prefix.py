@@ -52,7 +52,7 @@ def _image_blocks(model: DiffusionGemma, prompt: Prompt) -> list[tuple[int, int]
 
 
 def _common(first: Sequence[Label], second: Sequence[Label]) -> int:
-    """How many labels two sequences begin with alike."""
+    """The number of labels that two sequences begin with alike."""
     for place, (one, other) in enumerate(zip(first, second, strict=False)):
         if one != other:
             return place

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..events import Commit, Done, Event, Part, Result, Stats, ToolCall
 from ..processing.replies import reply_from_parts
-from .denoising import Denoising, Job
+from .denoising import Denoising
 from .request import Request, make_request
 from .writer import Writer
 
 if TYPE_CHECKING:
     from ..model.cache import Cache
     from ..model.diffusion_gemma import DiffusionGemma
-    from ..options import GenerationOptions
+    from ..options import GenerationOptions, Settings
     from ..processing.processor import Processor
     from .canvas import Canvas
     from .request import PromptLike
@@ -61,7 +60,7 @@ def stream(
         seed=seed,
         cancel=cancel,
     )
-    return (event for _, event in reply(model, processor, [request], request.options))
+    return (event for _, event in reply(model, processor, iter([request]), request.options))
 
 
 def generate(
@@ -79,7 +78,7 @@ def generate(
     seed: int | None = None,
     cancel: threading.Event | None = None,
 ) -> Result:
-    """`stream`, to the end: the whole reply."""
+    """Generate a reply and return it whole; the arguments are those of `stream`."""
     events = stream(
         model,
         processor,
@@ -127,53 +126,53 @@ def collect(events: Iterable[Event]) -> Result:
 def reply(
     model: DiffusionGemma,
     processor: Processor,
-    requests: Sequence[Request],
-    options: GenerationOptions,
+    requests: Iterator[Request],
+    options: Settings,
     fits: Callable[[Sequence[Request]], bool] = lambda requests: True,
-) -> Iterator[tuple[int, Event]]:
-    """The whole loop: the events of the replies to `requests`, each with the number of its request.
+) -> Generator[tuple[int, Event], None, None]:
+    """Run the whole loop: give the events of the replies to `requests`, each with the number of its request.
 
     options: how all of them are denoised; a request's own say the rest. fits: whether so many requests can be in flight
-    at once; those that cannot wait until another's reply is over. Canvases are denoised together, each at its own step,
-    and a reply goes on, or makes room, as soon as its own canvas is done.
+    at once; the next one is taken when there is room for it. Canvases are denoised together, each at its own step, and
+    a reply goes on, or makes room, as soon as its own canvas is done.
     """
     run = Denoising(model, options, model.config.text.vocab_size)
-    waiting = deque(enumerate(requests))
-    writing: dict[Job, tuple[int, Writer]] = {}
+    number, upcoming = 0, next(requests, None)
+    writing: list[Writer] = []
     try:
-        while waiting or writing:
-            while waiting and (not writing or fits([*(w.request for _, w in writing.values()), waiting[0][1]])):
-                index, request = waiting.popleft()
-                writer = Writer(model, processor, request)
-                job = writer.next_job()
-                writing[job] = index, writer
+        while upcoming or writing:
+            while upcoming and (not writing or fits([*(writer.request for writer in writing), upcoming])):
+                writing.append(writer := Writer(model, processor, upcoming, number))
                 for event in writer.read_prompt():
-                    yield index, event
-                if writer.finish_reason:
-                    del writing[job]
-                    yield index, writer.done()
-                else:
-                    run.add(job)
-            if not writing:
-                continue
-            for step in run.step():
-                index, writer = writing[step.job]
-                yield index, writer.draft(step)
-                if writer.request.cancelled:
-                    run.drop([step.job])
-                    del writing[step.job]
-                    yield index, writer.done()
-                elif step.finished:
-                    del writing[step.job]
-                    if not writer.retries():
-                        yield index, writer.commit()
-                    if writer.finish_reason:
-                        yield index, writer.done()
-                    else:
-                        job = writer.next_job()
-                        writing[job] = index, writer
-                        run.add(job)
+                    yield number, event
+                if not writer.finish_reason:
+                    run.add(writer.next_job())
+                number, upcoming = number + 1, next(requests, None)
+            for writer in writing:
+                writer.notice_cancel()
+            run.drop([writer.job for writer in writing if writer.finish_reason and writer.job])
+            yield from _step(run, writing)
+            ended = [(writer.number, writer.done()) for writer in writing if writer.finish_reason]
+            writing = [writer for writer in writing if not writer.finish_reason]
+            yield from ended
     finally:
         run.drop(run.jobs)
-        for _, writer in writing.values():
+        for writer in writing:
             writer.close()
+
+
+def _step(run: Denoising, writing: Sequence[Writer]) -> Iterator[tuple[int, Event]]:
+    """Take one step of all canvases, and begin the next one wherever a canvas is done and its reply goes on."""
+    by_job = {writer.job: writer for writer in writing}
+    for step in run.step():
+        writer = by_job[step.job]
+        yield writer.number, writer.draft(step)
+        writer.notice_cancel()
+        if writer.finish_reason:
+            run.drop([step.job])
+        elif step.finished and writer.retries():
+            run.add(writer.next_job())
+        elif step.finished:
+            yield writer.number, writer.commit()
+            if not writer.finish_reason:
+                run.add(writer.next_job())

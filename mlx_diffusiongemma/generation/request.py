@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CanvasError, PromptError
-from ..options import GenerationOptions
+from ..options import GenerationOptions, Settings
 from .canvas import Canvas
 
 if TYPE_CHECKING:
@@ -22,15 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """What a reply, a filling or a decision is asked for with.
+    """All that a reply, a filling or a decision is asked for with, checked and complete.
 
-    options: nothing left open, the seed neither. canvas: what to start from instead of noise. cache: a prefix that is
-    kept from one request to the next; None is one of the request's own. cancel: once set, from any thread, the request
-    ends within one step.
+    canvas: what to start from instead of noise. cache: a prefix that is kept from one request to the next; None is one
+    of the request's own. cancel: once set, from any thread, the request ends within one step.
     """
 
     prompt: Prompt
-    options: GenerationOptions
+    options: Settings
     canvas: Canvas = field(default_factory=lambda: Canvas([]))
     cache: Cache | None = None
     cancel: threading.Event | None = None
@@ -91,13 +90,13 @@ def request_options(
     options: GenerationOptions | None,
     max_tokens: int | None = None,
     seed: int | None = None,
-) -> GenerationOptions:
+) -> Settings:
     """The options that a request runs with: its own, then the checkpoint's, and a seed. Raises PromptError."""
-    settings = (options or GenerationOptions()).filled_from(model.options)
+    filled = (options or GenerationOptions()).filled_from(model.options)
     if max_tokens is not None:
-        settings = replace(settings, max_tokens=max_tokens)
-    seed = settings.seed if seed is None else seed
-    settings = replace(settings, seed=secrets.randbits(63) if seed is None else seed)
+        filled = replace(filled, max_tokens=max_tokens)
+    seed = filled.seed if seed is None else seed
+    settings = Settings(**{**vars(filled), "seed": secrets.randbits(63) if seed is None else seed})
     longest = model.config.canvas_length
     if settings.canvas_length > longest:
         raise PromptError(f"canvas_length is {settings.canvas_length}, but this model's canvas has {longest} tokens.")

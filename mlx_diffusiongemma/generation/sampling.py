@@ -55,8 +55,8 @@ def noise(keys: mx.array, length: int, vocabulary: int) -> mx.array:
 
 
 def accept(entropy: mx.array, bound: float, pinned: mx.array | None = None) -> mx.array:
-    """Which free positions keep their sample, [B, L]: in ascending entropy, while the entropies before one sum up to
-    at most `bound` (https://arxiv.org/abs/2505.24857). Pinned positions take nothing of the budget.
+    """Mark the free positions that keep their sample, [B, L]: in ascending entropy, while the entropies before one sum
+    up to at most `bound` (https://arxiv.org/abs/2505.24857). Pinned positions take nothing of the budget.
     """
     if pinned is not None:
         entropy = mx.where(pinned, 0, entropy)

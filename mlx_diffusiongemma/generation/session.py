@@ -10,17 +10,17 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoints.session_file import read_session, write_session
 from ..errors import BusyError, PromptError
 from ..events import Commit, Done, Event, Result, ToolCall
+from ..options import GenerationOptions
 from ..processing.tools import DEEPEST
 from .prefix import rewind_to_common
 from .replying import collect, stream
-from .session_file import read_session, write_session
 
 if TYPE_CHECKING:
     from ..model.cache import Cache
     from ..model.diffusion_gemma import DiffusionGemma
-    from ..options import GenerationOptions
     from ..processing.images import ImageSource, PreparedImage, PreparedVideo, VideoSource
     from ..processing.processor import Processor, Prompt
     from ..processing.tools import Tool
@@ -51,7 +51,8 @@ class ChatSession:
         allow_urls: bool = False,
     ) -> None:
         self.model, self.processor = model, processor
-        self.system, self.tools, self.thinking, self.options = system, tools, thinking, options
+        self.system, self.tools, self.thinking = system, tools, thinking
+        self.options = GenerationOptions() if options is None else options
         self.allow_files, self.allow_urls = allow_files, allow_urls
         self._turns: tuple[dict[str, Any], ...] = ()
         self._cache = model.make_cache()
@@ -137,13 +138,14 @@ class ChatSession:
         with self._alone():
             self._become((), self.model.make_cache())
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write the conversation, with what the model has read of it, to the file at `path`, which appears when it is
-        whole. Tools and options are not part of it. Raises PromptError.
+        whole. Tools and options are not part of it. force: replace a file that is no saved session, too. Raises
+        PromptError.
         """
         with self._alone():
             conversation = {"system": self.system, "thinking": self.thinking, "messages": list(self._turns)}
-            write_session(path, self.model, conversation, self._read_so_far())
+            write_session(path, self.model, conversation, self._read_so_far(), force=force)
 
     def _read_so_far(self) -> Cache:
         """Copy the part of the cache that belongs to the conversation: nothing of turns that were undone, nor of the

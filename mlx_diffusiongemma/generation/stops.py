@@ -16,7 +16,7 @@ class StopStrings:
 
     @property
     def held_parts(self) -> list[Part]:
-        """What comes before the next parts, unless it becomes a stop string with them."""
+        """Text that comes before the next parts, unless it becomes a stop string with them."""
         return [("text", self.held)] if self.held else []
 
     def take(self, tokens: list[int], feed: Callable[[list[int]], list[Part]]) -> tuple[list[int], list[Part], bool]:
@@ -31,7 +31,7 @@ class StopStrings:
         return tokens, parts, False
 
     def rest(self, last: list[Part]) -> tuple[list[Part], bool]:
-        """What was held back and the reply's last parts, up to a stop string, and whether one was found."""
+        """The text that was held back and the reply's last parts, up to a stop string, and whether one was found."""
         if not self.stops:
             return last, False
         parts: list[Part] = []
@@ -41,7 +41,7 @@ class StopStrings:
         return parts + self._flush(), False
 
     def _flush(self) -> list[Part]:
-        """What was held back: no stop string comes of it any more."""
+        """Let go of what was held back: no stop string comes of it any more."""
         held = self.held_parts
         self.held = ""
         return held
@@ -65,5 +65,5 @@ class StopStrings:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` could begin `stop`."""
+    """The number of characters at the end of `text` that could begin `stop`."""
     return max(n for n in range(min(len(text), len(stop) - 1) + 1) if text.endswith(stop[:n]))

@@ -29,16 +29,19 @@ class Writer:
 
     The loop calls `read_prompt`, and then for every canvas `next_job`, `draft` with each of its steps, and `commit`,
     until `finish_reason` says why the reply is over; `done` ends it. `close` frees the request's cache at any time.
+    number: of the request, among others.
     """
 
-    def __init__(self, model: DiffusionGemma, processor: Processor, request: Request) -> None:
-        self.model, self.request, self.options = model, request, request.options
+    def __init__(self, model: DiffusionGemma, processor: Processor, request: Request, number: int) -> None:
+        self.model, self.request, self.options, self.number = model, request, request.options, number
+        self.job: Job | None = None  # the canvas at hand
         self.finish_reason: FinishReason | None = None
         self.tokens: list[int] = []
         self.parts: list[Part] = []
         self._calls = 0  # tool calls so far
         self._number = self._attempt = 0  # of the canvas at hand
         self._canvas: list[int] = []  # its argmax tokens after the last step
+        self._committed = False  # and not encoded yet
         self._steps = self._wasted = 0  # what it took, and what earlier attempts at it took
         self._parser = processor.reply_parser(request.prompt)
         self._stops = StopStrings(request.options.stop)
@@ -59,15 +62,24 @@ class Writer:
                 self._stats = replace(self._stats, cached_tokens=done)
             if number or self.request.cache is not None:
                 yield Prefill(done, total)
-            if self.request.cancelled:
-                self.finish_reason = "cancelled"
+            self.notice_cancel()
+            if self.finish_reason:
                 break
         self._prefilled = time.perf_counter()
 
+    def notice_cancel(self) -> None:
+        """End the reply if it is not wanted any more."""
+        if self.request.cancelled:
+            self.finish_reason = "cancelled"
+
     def next_job(self) -> Job:
-        """The canvas to denoise now."""
+        """Begin the next attempt at a canvas, or the next canvas; the encoder first reads one that was committed."""
+        if self._committed:
+            self.model.encode(mx.array([self._canvas]), self._cache)
+            self._number, self._attempt, self._wasted, self._committed = self._number + 1, 0, 0, False
         start = self.request.canvas.part(self._number, self.options.canvas_length)
-        return Job(start, self._cache, Draws(self.options.seed, 0, self._number, self._attempt))
+        self.job = Job(start, self._cache, Draws(self.options.seed, 0, self._number, self._attempt))
+        return self.job
 
     def draft(self, step: Step) -> Draft:
         """Take in a step of the canvas at hand."""
@@ -100,10 +112,7 @@ class Writer:
         return True
 
     def commit(self) -> Commit:
-        """Take the canvas in: up to an end token, a stop string or the last token asked for.
-
-        Where the reply goes on, the encoder reads the canvas.
-        """
+        """Take the canvas in: up to an end token, a stop string or the last token asked for."""
         tokens, ended = _cut_at_end(self._canvas, self.options.end_tokens)
         room = self.options.max_tokens - len(self.tokens)
         full = len(tokens) > room or (len(tokens) == room and not ended)
@@ -129,9 +138,7 @@ class Writer:
         commit = Commit(self._number, tokens, parts, self._wasted + self._steps, calls)
         steps = [*self._stats.steps, commit.steps]
         self._stats = replace(self._stats, generated_tokens=len(self.tokens), steps=steps)
-        if self.finish_reason is None:
-            self.model.encode(mx.array([self._canvas]), self._cache)
-            self._number, self._attempt, self._wasted = self._number + 1, 0, 0
+        self._committed = True
         return commit
 
     def done(self) -> Done:
@@ -147,11 +154,14 @@ class Writer:
         return Done(self.finish_reason or "cancelled", self._stats, self._note(), self.options.seed)
 
     def close(self) -> None:
+        """Let go of the cache, which is then free for another request."""
         self._peak.stop()
         self._held.close()
+        self.job = None
+        vars(self).pop("_cache", None)
 
     def _note(self) -> str:
-        """What a user should know about a reply that says nothing; empty for any other."""
+        """A sentence for the user about a reply that says nothing; empty for any other."""
         if self.finish_reason == "stop" and not self.tokens:
             attempts = self._stats.retries + 1
             times = f", {attempts} times in a row" if attempts > 1 else ""

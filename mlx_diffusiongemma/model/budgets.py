@@ -1,4 +1,4 @@
-"""What the model keeps to while it computes: bytes, tokens and canvases that exist at once."""
+"""Limits that the model keeps to while it computes: bytes, tokens and canvases that exist at once."""
 
 from __future__ import annotations
 
@@ -22,3 +22,4 @@ GROUP = 32  # tokens whose probabilities are summed before one of them is drawn
 BATCH_ROWS = 8  # replies of a batch in flight, unless a caller says how many
 TOGETHER = 16  # canvases that infilling compares as one batch
 MEMBER_ROWS = 256  # positions whose groups' embeddings exist at once while that one is drawn
+PREFILL_CHUNK = 1024  # tokens encoded at once: enough rows for every expert, few enough for a window's scores

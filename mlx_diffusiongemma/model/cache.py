@@ -29,13 +29,13 @@ class Snapshot:
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.keys is not None)
+        return sum(array.nbytes for layer in self.layers for array in layer.buffers or ())
 
     def reach(self, tokens: int) -> int:
         """The longest prefix of at most `tokens` tokens that can be had from here."""
         target = min(tokens, self.offset)
         back = self.offset - target
-        return target if all(layer.length - back >= min(target, layer.window - 1) for layer in self.layers) else 0
+        return target if all(layer.length - back >= layer.visible_of(target) for layer in self.layers) else 0
 
 
 class Cache:
@@ -56,12 +56,14 @@ class Cache:
         self.snapshots: list[Snapshot] = []
         self.layers = [LayerCache(config.sliding_window if layer.is_sliding else None, keep) for layer in config.layers]
         self._masks: dict[tuple[int, int, int | None], mx.array] = {}  # of a padded prefix, one for a kind of layer
+        # What `filling` has asked about the prefix, and whether replies to it begin with an empty thought.
+        self.reply_opening: tuple[tuple[Label, ...], bool] = ((), False)
         self._lock = threading.Lock()
 
     @property
     def arrays(self) -> list[mx.array]:
         """Every array the prefix consists of."""
-        return [array for layer in self.layers for array in (layer.keys, layer.values) if array is not None]
+        return [array for layer in self.layers for array in layer.buffers or ()]
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +75,9 @@ class Cache:
         return self.offset if self.padding is None else self.offset - mx.array(self.padding)
 
     def canvas_mask(self, count: int, window: int | None) -> mx.array | None:
-        """What a canvas of `count` tokens sees of a layer with this window: all that it keeps, except padding."""
+        """Booleans for what a canvas of `count` tokens sees of a layer with this window, or None where it sees all that
+        the layer keeps: only padding is hidden.
+        """
         before = self.offset if window is None else min(self.offset, window - 1)
         first = self.offset - before
         if self.padding is None or first >= max(self.padding):
@@ -133,8 +137,8 @@ class Cache:
         return {
             f"layers.{number}.{name}": array[:, :, : layer.length]
             for number, layer in enumerate(self.layers)
-            for name, array in (("keys", layer.keys), ("values", layer.values))
-            if layer.length
+            if layer.buffers is not None and layer.length
+            for name, array in zip(("keys", "values"), layer.buffers, strict=True)
         }
 
     def adopt(self, arrays: dict[str, mx.array], labels: list[Label]) -> None:
@@ -144,15 +148,15 @@ class Cache:
         for number, (layer, config) in enumerate(zip(layers, self.config.layers, strict=True)):
             if not length:
                 break
-            layer.keys, layer.values = (arrays.get(f"layers.{number}.{name}") for name in ("keys", "values"))
-            if layer.keys is None or layer.values is None or layer.keys.shape != layer.values.shape:
+            keys, values = (arrays.get(f"layers.{number}.{name}") for name in ("keys", "values"))
+            if keys is None or values is None or keys.shape != values.shape:
                 raise ValueError(f"layer {number} has no keys and values of one shape")
-            layer.length = layer.keys.shape[2] if layer.keys.ndim == 4 else 0
-            fewest = length if layer.window is None else min(length, layer.window - 1)
+            layer.buffers, layer.length = (keys, values), keys.shape[2] if keys.ndim == 4 else 0
+            fewest = layer.visible_of(length)
             most = length if layer.window is None else min(length, layer.window - 1 + self.keep)
             expected = (1, config.num_key_value_heads, layer.length, config.head_dim)
-            if layer.keys.shape != expected or not fewest <= layer.length <= most:
-                raise ValueError(f"layer {number} has keys of shape {list(layer.keys.shape)} for {length} tokens")
+            if keys.shape != expected or not fewest <= layer.length <= most:
+                raise ValueError(f"layer {number} has keys of shape {list(keys.shape)} for {length} tokens")
         self.layers, self.labels, self.offset = layers, list(labels), length
         self.padding, self.snapshots = None, []
 
@@ -162,13 +166,15 @@ class Cache:
         Raises IndexError where there is no such row.
         """
         count = self.arrays[0].shape[0] if self.arrays else 1
-        if not all(0 <= index < count for index in indices):
+        if not indices or not all(0 <= index < count for index in indices):
             raise IndexError(f"this cache has rows 0 to {count - 1}, not {list(indices)}")
         part = Cache(self.config, self.keep, self.snapshot_bytes)
         part.offset = self.offset
-        part.padding = tuple(self.padding[index] for index in indices) if self.padding else None
-        part.labels = self.labels[:]
-        part.layers = [layer.rows(mx.array(indices)) for layer in self.layers]
+        if self.padding and any(self.padding[index] for index in indices):
+            part.padding = tuple(self.padding[index] for index in indices)
+        part.labels = self.labels[:] if len(indices) == 1 else []
+        part.layers = [layer.rows(mx.array(list(indices))) for layer in self.layers]
+        part.evaluate()
         return part
 
     @contextmanager
@@ -233,6 +239,9 @@ class CacheRows:
     """
 
     def __init__(self, caches: Sequence[Cache]):
+        """Raises ValueError where a cache has padded rows."""
+        if any(cache.padding is not None for cache in caches):
+            raise ValueError("each cache must be of one row without padding")
         self.caches = tuple(caches)
 
     @property

@@ -16,8 +16,10 @@ from ..config import FULL, SLIDING, LayerConfig, ModelConfig, TextConfig
 from ..errors import CheckpointError
 from ..options import REFERENCE_SETTINGS, GenerationOptions
 from . import vocabulary
+from .budgets import PREFILL_CHUNK
 from .cache import SNAPSHOT_BYTES, Cache, CacheRows, Label
 from .joining import fusible
+from .layer_cache import LayerCache, LayerRows
 from .layers import MLP, Attention, Extend, SelfConditioning
 from .moe import Experts, Router
 from .vision import VisionModel, image_blocks
@@ -25,7 +27,6 @@ from .vision import VisionModel, image_blocks
 if TYPE_CHECKING:
     from ..processing.images import PreparedImage
 
-PREFILL_CHUNK = 1024  # tokens: enough rows for every expert, few enough for a window's scores
 T = TypeVar("T")
 Block = tuple[int, int]  # first position of an image's tokens, and the one after its last
 
@@ -163,7 +164,7 @@ class DiffusionGemma(nn.Module):
         images: Sequence[PreparedImage] | None = None,
         lengths: list[int] | None = None,
     ) -> Iterator[int]:
-        """`encode`, a chunk at a time: yields how many tokens are done. The cache is computed before each yield."""
+        """Append tokens as `encode` does, a chunk at a time: yields how many are done, each time with them computed."""
         for done, hidden in self._chunks(tokens, cache, images, lengths):
             del hidden  # it is not computed, and holds the last layer's buffer, which could not be written in place
             yield done
@@ -178,8 +179,8 @@ class DiffusionGemma(nn.Module):
         """How many tokens are done and the chunk's hidden states, which are those of the rows moved to the end where
         the batch is ragged.
         """
-        blocks = self._image_blocks(tokens, images or ())
-        ids = tokens[0].tolist()
+        ids: list[int] = tokens[0].tolist()  # type: ignore[assignment]  # MLX's stub does not know the number of axes
+        blocks = self._image_blocks(ids, len(tokens), images or ())
         if lengths is not None:
             tokens = self._align(tokens, cache, lengths)
         labels = self.labels(ids, images or ()) if tokens.shape[0] == 1 and cache.padding is None else []
@@ -196,7 +197,7 @@ class DiffusionGemma(nn.Module):
             yield stop, hidden.pop()
 
     def labels(self, tokens: list[int], images: Sequence[PreparedImage] = ()) -> list[Label]:
-        """What a cache remembers of a prompt's tokens: their ids, and for an image's tokens its digest."""
+        """The labels that a cache keeps of a prompt's tokens: their ids, and for an image's tokens its digest."""
         labels: list[Label] = list(tokens)
         blocks = image_blocks(tokens, self.config.image_token_id) if images else []
         for (first, last), image in zip(blocks, images, strict=True):
@@ -209,13 +210,15 @@ class DiffusionGemma(nn.Module):
             raise CheckpointError("This checkpoint has no vision weights, so it cannot see images; leave them out.")
         return self._vision()(mx.array(image.pixels), mx.array(image.positions))
 
-    def _image_blocks(self, tokens: mx.array, images: Sequence[PreparedImage]) -> list[Block]:
-        """Where the images' tokens are. Raises ValueError where they do not fit the images."""
+    def _image_blocks(self, tokens: list[int], rows: int, images: Sequence[PreparedImage]) -> list[Block]:
+        """Where the images' tokens are among those of the first of `rows`. Raises ValueError where they do not fit the
+        images, or there are other rows.
+        """
         if not images:
             return []
-        if tokens.shape[0] != 1:
+        if rows != 1:
             raise ValueError("images can be encoded in a batch of one row only")
-        blocks = image_blocks(tokens[0].tolist(), self.config.image_token_id)
+        blocks = image_blocks(tokens, self.config.image_token_id)
         if len(blocks) != len(images):
             raise ValueError(f"the tokens have {len(blocks)} runs of the image token for {len(images)} images")
         return blocks
@@ -257,22 +260,25 @@ class DiffusionGemma(nn.Module):
         masks = {SLIDING: cache.canvas_mask(canvas.shape[1], window), FULL: cache.canvas_mask(canvas.shape[1], None)}
         x = decoder.self_conditioning(self.embed(canvas), self_conditioning)
         positions = cache.positions
-        for config, layer, kept in zip(self.config.text.layers, decoder.layers, cache.layers, strict=True):
+        caches: Sequence[LayerCache | LayerRows] = cache.layers
+        for config, layer, kept in zip(self.config.text.layers, decoder.layers, caches, strict=True):
             x = layer(x, kept.with_canvas, positions, masks[config.kind], layer.layer_scalar)
         return decoder.norm(x)
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """hidden [B, L, H] -> [B, L, V] float32, soft-capped."""
+        """Every token's logit, soft-capped, for hidden [B, L, H]: [B, L, V] float32."""
         return vocabulary.logits(self.model.decoder.embed_tokens, hidden, self.config.text.final_logit_softcapping)
 
     def soft_embedding(self, processed_logits: mx.array) -> mx.array:
-        """processed_logits [B, L, V], divided by the temperature -> [B, L, H], scaled by sqrt(H)."""
+        """The embedding that processed_logits [B, L, V], which are divided by the temperature, lead to expect:
+        [B, L, H], scaled by sqrt(H).
+        """
         return self._scaled(vocabulary.soft_embedding(self.model.decoder.embed_tokens, processed_logits))
 
     def read_vocabulary(
         self, hidden: mx.array, temperature: float | mx.array, key: mx.array | None = None
     ) -> vocabulary.Reading:
-        """tokens, sample, entropy and soft embedding of hidden [B, L, H] in one pass; no logits are kept.
+        """Read tokens, sample, entropy and soft embedding off hidden [B, L, H] in one pass; no logits are kept.
 
         temperature: one for all rows, or of each row, [B]. key: PRNG key [2], or one per row [B, 2]; without one
         nothing is drawn and no soft embedding computed.
@@ -335,13 +341,13 @@ def chunk_bounds(count: int, blocks: Sequence[Block] = ()) -> Iterator[tuple[int
 
 def _shift_rows(array: mx.array, shifts: list[int]) -> mx.array:
     """Each row of [B, N, ...] rolled by its own shift along N."""
-    rows = [mx.roll(row, shift, axis=0) for row, shift in zip(array, shifts, strict=True)]
-    return mx.stack(rows)
+    return mx.stack([mx.roll(row, shift, 0) for row, shift in zip(array, shifts, strict=True)])
 
 
 def _once(make: Callable[[], T]) -> Callable[[], T]:
     """`make`, called by the first thread that needs what it makes, while others wait for it."""
-    lock, made = threading.Lock(), []
+    lock = threading.Lock()
+    made: list[T] = []
 
     def get() -> T:
         with lock:

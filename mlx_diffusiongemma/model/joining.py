@@ -115,6 +115,6 @@ def _are_stored_alike(layers: Sequence[nn.Module]) -> bool:
     return len({_storage(layer) for layer in layers}) == 1
 
 
-def _storage(layer: nn.Linear | nn.QuantizedLinear) -> tuple[object, ...]:
+def _storage(layer: nn.Module) -> tuple[object, ...]:
     settings = (layer.group_size, layer.bits, layer.mode) if isinstance(layer, nn.QuantizedLinear) else ()
     return type(layer), *settings, *((name, array.dtype) for name, array in sorted(layer.items()))

@@ -6,6 +6,7 @@ Attribute names follow the checkpoint's keys.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar, TypeVarTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,16 +15,19 @@ from mlx_lm.models.rope_utils import initialize_rope
 from ..config import LayerConfig, TextConfig
 from .budgets import SCORE_BUDGET
 from .joining import Fusible
+from .layer_cache import KeysValues
 
-Seen = tuple[mx.array, mx.array] | tuple[list[mx.array], list[mx.array]]  # keys and values, together or row by row
+Seen = KeysValues | list[KeysValues]  # what queries attend to: of all rows together, or row by row
 Extend = Callable[[mx.array, mx.array], Seen]
+Arrays = TypeVarTuple("Arrays")
+Result = TypeVar("Result")
 
 
-def fuse_elementwise(function: Callable) -> Callable:
-    """`mx.compile` for a chain of elementwise operations, on GPUs only: on a CPU it would call a C++ compiler."""
+def fuse_elementwise(function: Callable[[*Arrays], Result]) -> Callable[[*Arrays], Result]:
+    """Compile a chain of elementwise operations into one kernel, on GPUs only: a CPU would need a C++ compiler."""
     compiled = mx.compile(function, shapeless=True)
 
-    def call(*arrays: mx.array) -> mx.array:
+    def call(*arrays: *Arrays) -> Result:
         return (compiled if mx.default_device() == mx.gpu else function)(*arrays)
 
     return call
@@ -31,7 +35,7 @@ def fuse_elementwise(function: Callable) -> Callable:
 
 @fuse_elementwise
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
-    """`gelu(gate) * up` with the tanh approximation (`gelu_pytorch_tanh`)."""
+    """Multiply `up` by the GELU of `gate`, in the tanh approximation (`gelu_pytorch_tanh`)."""
     cubic = gate + 0.044715 * gate * gate * gate
     return 0.5 * gate * (1 + mx.tanh(0.7978845608028654 * cubic)) * up
 
@@ -60,14 +64,13 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array |
     return mx.concatenate(outputs, axis=2)
 
 
-def attend_rows(
-    queries: mx.array, keys: mx.array | list[mx.array], values: mx.array | list[mx.array], mask: mx.array | str | None
-) -> mx.array:
-    """`attend`, where keys and values can also be a list with those of each row, of any lengths and without a mask."""
-    if isinstance(keys, mx.array):
-        return attend(queries, keys, values, mask)
-    rows = zip(keys, values, strict=True)
-    return mx.concatenate([attend(queries[row : row + 1], *seen, None) for row, seen in enumerate(rows)])
+def attend_rows(queries: mx.array, seen: Seen, mask: mx.array | str | None) -> mx.array:
+    """Attention as `attend` computes it, to keys and values of all rows, or row by row to a list with those of each,
+    which can differ in length and take no mask.
+    """
+    if isinstance(seen, tuple):
+        return attend(queries, *seen, mask)
+    return mx.concatenate([attend(queries[row : row + 1], *own, None) for row, own in enumerate(seen)])
 
 
 class Attention(Fusible):
@@ -104,7 +107,7 @@ class Attention(Fusible):
         """
         queries, keys, values = (heads.transpose(0, 2, 1, 3) for heads in self._project(x))
         queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
-        output = attend_rows(queries, *extend(keys, values), mask)
+        output = attend_rows(queries, extend(keys, values), mask)
         return self.o_proj(output.transpose(0, 2, 1, 3).flatten(2))
 
     def _project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -123,8 +126,8 @@ class Attention(Fusible):
         return queries * self.q_norm.weight, keys * self.k_norm.weight, values
 
 
-class MLP(Fusible):
-    """Gated MLP with a tanh GELU."""
+class GatedProjections(Fusible):
+    """The three projections of a gated MLP with a tanh GELU, as the checkpoint names them."""
 
     OF_ONE_INPUT = ("gate_proj", "up_proj")
 
@@ -134,13 +137,21 @@ class MLP(Fusible):
         self.up_proj = nn.Linear(hidden, intermediate, bias=False)
         self.down_proj = nn.Linear(intermediate, hidden, bias=False)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def project(self, x: mx.array) -> mx.array:
+        """The MLP's output for x [..., hidden], of the same shape."""
         product = self.joined_product(x)
         gate, up = (self.gate_proj(x), self.up_proj(x)) if product is None else mx.split(product, 2, axis=-1)
         return self.down_proj(geglu(gate, up))
 
 
-class SelfConditioning(MLP):
+class MLP(GatedProjections):
+    """Gated MLP with a tanh GELU."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.project(x)
+
+
+class SelfConditioning(GatedProjections):
     """Adds what the previous step believed to the canvas's embeddings (`DiffusionGemmaSelfConditioning`)."""
 
     def __init__(self, hidden: int, intermediate: int, eps: float):
@@ -151,5 +162,5 @@ class SelfConditioning(MLP):
     def __call__(self, embeddings: mx.array, soft_embedding: mx.array | None) -> mx.array:
         """Both [B, L, hidden]. None stands for zeros, through which the bias-free MLP gives exactly zero."""
         if soft_embedding is not None:
-            embeddings = embeddings + super().__call__(self.pre_norm(soft_embedding))
+            embeddings = embeddings + self.project(self.pre_norm(soft_embedding))
         return mx.fast.rms_norm(embeddings, None, self.eps)

@@ -92,7 +92,7 @@ class PatchEmbedder(nn.Module):
 
     def __call__(self, pixels: mx.array, positions: mx.array) -> mx.array:
         table = self.position_embedding_table
-        side = positions.max().item() + 1
+        side = int(positions.max()) + 1
         if side > table.shape[1]:  # MLX reads past a table's end without an error
             raise PromptError(
                 f"The image is {side} patches long and this checkpoint takes at most {table.shape[1]}; "
@@ -195,7 +195,7 @@ def rotations(positions: mx.array, head_dim: int, theta: float) -> tuple[mx.arra
 
 
 def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """x [patches, heads, head_dim] with each half turned by its own angles (`apply_multidimensional_rope`)."""
+    """Turn each half of x [patches, heads, head_dim] by its own angles (`apply_multidimensional_rope`)."""
     halves = x.reshape(*x.shape[:2], 2, 2, -1)  # axis, then the two members of a rotated pair
     a, b = halves[..., 0, :], halves[..., 1, :]
     return mx.stack([a * cos - b * sin, b * cos + a * sin], axis=-2).reshape(x.shape)
@@ -222,8 +222,8 @@ def pool(hidden: mx.array, positions: mx.array, kernel: int) -> mx.array:
 
 
 def image_blocks(tokens: Sequence[int], image_token_id: int) -> list[tuple[int, int]]:
-    """(start, end) of every run of image tokens: the blocks that see each other both ways, and that a prefill chunk
-    must not split (`get_block_sequence_ids_for_mask`).
+    """Find every run of image tokens, as (start, end): the blocks that see each other both ways, and that a prefill
+    chunk must not split (`get_block_sequence_ids_for_mask`).
     """
     blocks, start = [], 0
     for is_image, run in groupby(tokens, key=lambda token: token == image_token_id):

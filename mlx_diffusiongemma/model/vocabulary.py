@@ -17,9 +17,13 @@ import mlx.nn as nn
 from .budgets import BLOCK_BUDGET, BLOCK_TOKENS, GROUP, MEMBER_ROWS
 from .layers import fuse_elementwise
 
+Embedding = nn.Embedding | nn.QuantizedEmbedding
+
 
 class Reading(NamedTuple):
-    """tokens [B, L]: argmax. sample [B, L]: one draw per position. entropy [B, L]: nats, float32. soft_embedding
+    """The result of one pass over the vocabulary, for every position of the canvas.
+
+    tokens [B, L]: argmax. sample [B, L]: one draw per position. entropy [B, L]: nats, float32. soft_embedding
     [B, L, hidden]: the expected embedding. `sample` and `soft_embedding` are None where no key was given.
     """
 
@@ -29,7 +33,7 @@ class Reading(NamedTuple):
     soft_embedding: mx.array | None
 
 
-def embedding_rows(embedding: nn.Embedding | nn.QuantizedEmbedding, index: mx.array) -> nn.Module:
+def embedding_rows(embedding: Embedding, index: mx.array) -> Embedding:
     """The embedding of some tokens, as an embedding."""
     part = copy(embedding)
     for name, array in embedding.parameters().items():
@@ -37,7 +41,7 @@ def embedding_rows(embedding: nn.Embedding | nn.QuantizedEmbedding, index: mx.ar
     return part
 
 
-def embedding_blocks(embedding: nn.Embedding | nn.QuantizedEmbedding, length: int) -> Iterator[nn.Module]:
+def embedding_blocks(embedding: Embedding, length: int) -> Iterator[Embedding]:
     """The embedding in blocks of `length` tokens, each an embedding: views of its arrays, which copy nothing."""
     arrays = embedding.parameters()
     for start in range(0, embedding.weight.shape[0], length):
@@ -46,17 +50,17 @@ def embedding_blocks(embedding: nn.Embedding | nn.QuantizedEmbedding, length: in
         yield block
 
 
-def embedding_scale(embedding: nn.Module, hidden_size: int) -> mx.array:
-    """sqrt(hidden), rounded to the embedding's dtype as the reference rounds it."""
+def embedding_scale(embedding: Embedding, hidden_size: int) -> mx.array:
+    """The factor that embeddings are multiplied by: sqrt(hidden), rounded to their dtype as the reference rounds it."""
     return mx.array(math.sqrt(hidden_size), embedding_dtype(embedding))
 
 
-def embedding_dtype(embedding: nn.Module) -> mx.Dtype:
+def embedding_dtype(embedding: Embedding) -> mx.Dtype:
     return embedding.weight.dtype if isinstance(embedding, nn.Embedding) else embedding.scales.dtype
 
 
-def expected_embedding(embedding: nn.Module, probabilities: mx.array) -> mx.array:
-    """probabilities [..., V] @ embedding [V, hidden]; the product in the embedding's dtype."""
+def expected_embedding(embedding: Embedding, probabilities: mx.array) -> mx.array:
+    """The mean of all embeddings, weighted by probabilities [..., V]: [..., hidden], in the embedding's dtype."""
     probabilities = probabilities.astype(embedding_dtype(embedding))
     if isinstance(embedding, nn.Embedding):
         return probabilities @ embedding.weight
@@ -72,13 +76,16 @@ def expected_embedding(embedding: nn.Module, probabilities: mx.array) -> mx.arra
     )
 
 
-def logits(embedding: nn.Module, hidden: mx.array, cap: float) -> mx.array:
-    """hidden [..., hidden] -> [..., V] float32, soft-capped: the product in the model's dtype, the rest in float32."""
+def logits(embedding: Embedding, hidden: mx.array, cap: float) -> mx.array:
+    """Every token's logit, soft-capped, for hidden [..., hidden]: [..., V] float32.
+
+    The product is in the model's dtype, the rest in float32.
+    """
     return mx.tanh(embedding.as_linear(hidden).astype(mx.float32) / cap) * cap
 
 
-def soft_embedding(embedding: nn.Module, processed_logits: mx.array) -> mx.array:
-    """processed_logits [..., V] -> the expected embedding [..., hidden], unscaled.
+def soft_embedding(embedding: Embedding, processed_logits: mx.array) -> mx.array:
+    """The embedding that processed_logits [..., V] lead to expect: [..., hidden], unscaled.
 
     The reference casts the logits to the embedding's dtype first; in bfloat16 that cast is only noise, so the
     probabilities stay float32 up to the product. In float32 both are the same.
@@ -137,7 +144,7 @@ def block_length(rows: int, vocabulary: int) -> int:
 
 
 def read(
-    embedding: nn.Module, hidden: mx.array, cap: float, temperature: float | mx.array, key: mx.array | None
+    embedding: Embedding, hidden: mx.array, cap: float, temperature: float | mx.array, key: mx.array | None
 ) -> Reading:
     """One pass over the vocabulary for hidden [B, L, hidden], at `temperature` (> 0), one or of each row [B].
 
@@ -147,24 +154,24 @@ def read(
     rows = hidden.reshape(-1, hidden.shape[-1])
     vocabulary = embedding.weight.shape[0]
     length = block_length(rows.shape[0], vocabulary)
-    cap, temperature = mx.array(cap), mx.array(temperature, mx.float32)
-    if temperature.ndim:
-        temperature = mx.repeat(temperature, hidden.shape[1])[:, None]
+    bound, divisor = mx.array(cap), mx.array(temperature, mx.float32)
+    if divisor.ndim:
+        divisor = mx.repeat(divisor, hidden.shape[1])[:, None]
     total = _Total()
     for number, block in enumerate(embedding_blocks(embedding, length)):
         start = number * length
-        total.add(block, _process(_product(block, rows), cap, temperature), start, condition=key is not None)
+        total.add(block, _process(_product(block, rows), bound, divisor), start, condition=key is not None)
         # One block after the other: evaluated together, all blocks would be alive at once.
         rows = mx.depends(rows, total.state)
-    shape = hidden.shape[:-1]
-    tokens, entropy = total.tokens.reshape(shape), total.entropy.reshape(shape)
-    if key is None:
+    shape, sums = hidden.shape[:-1], total.sums
+    assert sums is not None  # a vocabulary has at least one block
+    tokens, entropy = sums.tokens.reshape(shape), sums.entropy.reshape(shape)
+    if key is None or sums.soft is None:
         return Reading(tokens, None, entropy, None)
-    groups = total.group_masses()
     uniforms = draw_uniforms(key, shape).reshape(2, -1)
-    group = _pick(groups, uniforms[0])
-    sample = group * GROUP + _pick(_member_weights(embedding, rows, group, cap, temperature), uniforms[1])
-    return Reading(tokens, sample.reshape(shape), entropy, total.soft.reshape(hidden.shape))
+    group = _pick(total.group_masses(sums.top), uniforms[0])
+    sample = group * GROUP + _pick(_member_weights(embedding, rows, group, bound, divisor), uniforms[1])
+    return Reading(tokens, sample.reshape(shape), entropy, (sums.soft / sums.mass).reshape(hidden.shape))
 
 
 def sample_from(processed_logits: mx.array, key: mx.array) -> mx.array:
@@ -181,14 +188,14 @@ def sample_from(processed_logits: mx.array, key: mx.array) -> mx.array:
     return (group * GROUP + _pick(inside, uniforms[1])).reshape(shape)
 
 
-def draw_uniforms(key: mx.array, shape: tuple[int, int]) -> mx.array:
+def draw_uniforms(key: mx.array, shape: tuple[int, ...]) -> mx.array:
     """Two uniforms in [0, 1) for each of [B, L] positions: [2, B, L]. A key per row draws each row by itself."""
     if key.ndim == 1:
         return mx.random.uniform(shape=(2, *shape), key=key)
     return mx.stack([mx.random.uniform(shape=(2, shape[1]), key=row) for row in key], axis=1)
 
 
-def _product(block: nn.Module, rows: mx.array) -> mx.array:
+def _product(block: Embedding, rows: mx.array) -> mx.array:
     """rows [rows, hidden] -> raw logits [rows, block], in the model's dtype."""
     if isinstance(block, nn.Embedding) and mx.default_device() == mx.cpu:
         # The BLAS of MLX's Linux wheels multiplies by a transposed matrix one dot product at a time; with the matrix
@@ -197,53 +204,64 @@ def _product(block: nn.Module, rows: mx.array) -> mx.array:
     return block.as_linear(rows)
 
 
-class _Total:
-    """Running sums over blocks, all relative to the running maximum."""
+class _Sums(NamedTuple):
+    """Sums over blocks relative to `top`, the maximum, which `tokens` have: [rows, 1] each, `soft` [rows, hidden]."""
 
-    def __init__(self) -> None:
-        self.top = self.mass = self.moment = self.tokens = self.soft = None
-        self.groups: list[mx.array] = []
-        self.group_tops: list[mx.array] = []
-
-    @property
-    def state(self) -> list[mx.array]:
-        arrays = [self.top, self.mass, self.moment, self.tokens, self.soft, *self.groups[-1:]]
-        return [array for array in arrays if array is not None]
-
-    def add(self, block: nn.Module, scaled: mx.array, start: int, condition: bool) -> None:
-        """Take in a block of processed logits [rows, block], whose first token is `start`."""
-        top = scaled.max(axis=-1, keepdims=True)
-        tokens = scaled.argmax(axis=-1, keepdims=True) + start
-        first, fall = self.top is None, None
-        if not first:
-            top, tokens, fall = _higher(self.top, self.tokens, top, tokens)
-        weights, moments = _exponentials(scaled, top)
-        if condition:
-            groups = _grouped(weights).sum(-1)
-            mass = groups.sum(-1, keepdims=True)
-            self.groups.append(groups)
-            self.group_tops.append(top)
-        else:
-            mass = weights.sum(-1, keepdims=True)
-        moment = moments.sum(-1, keepdims=True)
-        soft = expected_embedding(block, weights) if condition else None
-        if not first:
-            mass, moment = _joined_sums(mass, moment, self.mass, self.moment, fall)
-            soft = _joined_soft(soft, self.soft, fall) if condition else None
-        elif condition:
-            soft = soft.astype(mx.float32)
-        self.top, self.mass, self.moment, self.tokens = top, mass, moment, tokens
-        self.soft = soft
+    top: mx.array
+    tokens: mx.array
+    mass: mx.array
+    moment: mx.array
+    soft: mx.array | None
 
     @property
     def entropy(self) -> mx.array:
         """[rows], nats: log of the mass minus the mean of x - top."""
         return (mx.log(self.mass) - self.moment / self.mass)[:, 0]
 
-    def group_masses(self) -> mx.array:
-        """Every group's mass [rows, groups], relative to the final maximum. Also turns `soft` into a mean."""
-        self.soft = self.soft / self.mass
-        scaled = [_rescaled(groups, top, self.top) for groups, top in zip(self.groups, self.group_tops, strict=True)]
+
+class _Total:
+    """Running sums over blocks, all relative to the running maximum."""
+
+    def __init__(self) -> None:
+        self.sums: _Sums | None = None
+        self.groups: list[mx.array] = []
+        self.group_tops: list[mx.array] = []
+
+    @property
+    def state(self) -> list[mx.array]:
+        return [array for array in (*(self.sums or ()), *self.groups[-1:]) if array is not None]
+
+    def add(self, block: Embedding, scaled: mx.array, start: int, condition: bool) -> None:
+        """Take in a block of processed logits [rows, block], whose first token is `start`."""
+        top = scaled.max(axis=-1, keepdims=True)
+        tokens = scaled.argmax(axis=-1, keepdims=True) + start
+        old = self.sums
+        if old is None:
+            mass, moment, soft = self._block_sums(block, scaled, top, condition)
+            soft = None if soft is None else soft.astype(mx.float32)
+        else:
+            top, tokens, fall = _higher(old.top, old.tokens, top, tokens)
+            mass, moment, soft = self._block_sums(block, scaled, top, condition)
+            mass, moment = _joined_sums(mass, moment, old.mass, old.moment, fall)
+            soft = None if soft is None or old.soft is None else _joined_soft(soft, old.soft, fall)
+        self.sums = _Sums(top, tokens, mass, moment, soft)
+
+    def _block_sums(
+        self, block: Embedding, scaled: mx.array, top: mx.array, condition: bool
+    ) -> tuple[mx.array, mx.array, mx.array | None]:
+        """One block's mass, moment and, to condition the next step, weighted embeddings; its groups are kept then."""
+        weights, moments = _exponentials(scaled, top)
+        moment = moments.sum(-1, keepdims=True)
+        if not condition:
+            return weights.sum(-1, keepdims=True), moment, None
+        groups = _grouped(weights).sum(-1)
+        self.groups.append(groups)
+        self.group_tops.append(top)
+        return groups.sum(-1, keepdims=True), moment, expected_embedding(block, weights)
+
+    def group_masses(self, final_top: mx.array) -> mx.array:
+        """Every group's mass [rows, groups], relative to the final maximum."""
+        scaled = [_rescaled(groups, top, final_top) for groups, top in zip(self.groups, self.group_tops, strict=True)]
         return mx.concatenate(scaled, axis=-1)
 
 
@@ -265,13 +283,13 @@ def _pick(masses: mx.array, uniform: mx.array) -> mx.array:
 
 
 def _member_weights(
-    embedding: nn.Module, rows: mx.array, group: mx.array, cap: mx.array, temperature: mx.array
+    embedding: Embedding, rows: mx.array, group: mx.array, cap: mx.array, temperature: mx.array
 ) -> mx.array:
     """Unnormalised probabilities of the tokens of each row's group, [rows, GROUP]; their logits are computed again."""
     vocabulary = embedding.weight.shape[0]
     ids = group[:, None] * GROUP + mx.arange(GROUP)
     existing = mx.minimum(ids, vocabulary - 1)
-    products = []
+    products: list[mx.array] = []
     # The members' embeddings are GROUP times the hidden states: only those of some rows exist at once.
     for start in range(0, rows.shape[0], MEMBER_ROWS):
         chosen = mx.depends(existing[start : start + MEMBER_ROWS], products[-1:])

@@ -56,8 +56,6 @@ class Processor:
         # Embeddings can be padded: the model knows ids there that the tokenizer does not. They read as nothing.
         padding = dict.fromkeys(range(len(tokenizer), config.text.vocab_size), "")
         self._special = padding | special | named
-        # Whether replies begin with an empty thought, by the tokens that their prompts end with: see `filling.scoring`.
-        self.reply_openings: dict[tuple[int, ...], bool] = {}
 
     @classmethod
     def from_directory(cls, directory: str | Path, config: ModelConfig) -> Processor:

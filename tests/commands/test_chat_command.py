@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import select
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import termios
 import time
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,11 +18,14 @@ import pytest
 
 from mlx_diffusiongemma import ChatSession, GenerationOptions, PromptError, ToolCall, load
 from mlx_diffusiongemma.commands.chatting import chat as chat_command
-from mlx_diffusiongemma.commands.chatting.tools import load_functions, run_call, written
+from mlx_diffusiongemma.commands.chatting import turns as turns_module
+from mlx_diffusiongemma.commands.chatting.tools import Failure, load_functions, run_call, written
+from mlx_diffusiongemma.commands.chatting.turns import MOST_SHOWN, shortened
 from mlx_diffusiongemma.events import Done, Stats
+from mlx_diffusiongemma.paths import data_directory
 
 COMMAND = [str(Path(sys.executable).with_name("mlx-dg")), "chat"]
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PROMPT_TOOLKIT_NO_CPR": "1"}
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "PROMPT_TOOLKIT_NO_CPR": "1"}
 TOOLS = '''
 from math import sqrt
 
@@ -45,7 +50,7 @@ def piped(lines: list[str], checkpoint: Path, *arguments: str) -> subprocess.Com
         input="\n".join(lines) + "\n",
         capture_output=True,
         text=True,
-        env=ENVIRONMENT,
+        env={**os.environ, **ENVIRONMENT},
         timeout=120,
     )
 
@@ -60,6 +65,7 @@ def test_piped_a_line_is_a_turn(demo_float32, tmp_path):
     assert "cached)" in done.stderr and kept.exists()
     done = piped([f"/load {kept}", "/undo"], demo_float32)
     assert (done.returncode, done.stdout) == (0, "") and "1 turn loaded." in done.stderr
+    assert "> sort 53142\n12345\n" in done.stderr  # the conversation is shown
 
 
 def test_piped_errors_are_one_sentence_and_the_chat_goes_on(demo_float32, tmp_path):
@@ -89,7 +95,7 @@ class Terminal:
     def __init__(self, *command: str):
         self.process, self.master = pty.fork()
         if self.process == 0:
-            os.execvpe(command[0], list(command), {**ENVIRONMENT, "TERM": "xterm-256color"})
+            os.execvpe(command[0], list(command), {**os.environ, **ENVIRONMENT, "TERM": "xterm-256color"})
         termios.tcsetwinsize(self.master, (24, 80))
         self.seen = ""
 
@@ -128,13 +134,75 @@ def test_a_terminal_has_history_and_ctrl_c_stops_a_reply(demo_float32, toolkit):
     terminal.type("solve " + "1234567890 " * 200 + "\r")
     terminal.wait_for("prompt 26/")
     terminal.type("\x03")
-    terminal.wait_for("this turn is forgotten")
+    assert "0 tokens" not in terminal.wait_for("this turn is forgotten")
     terminal.wait_for(ready)
     terminal.type("\x1b[A\x1b[A\r")  # two up
     terminal.wait_for("5 tokens")
     terminal.wait_for(ready)
     terminal.type("\x04")
     assert terminal.close() == 0
+    kept = (data_directory() / "chat-history").read_text()
+    assert "sort 53142" in kept and (data_directory() / "chat-history").stat().st_mode & 0o077 == 0
+    again = Terminal(*program, "--model", str(demo_float32), "--seed", "0", "--steps", "6")
+    again.wait_for("Ctrl-D leaves")
+    again.wait_for(ready)
+    again.type("\x1b[A\r")  # what an earlier run was asked
+    again.wait_for("5 tokens")
+    again.wait_for(ready)
+    again.type("/bye\r")
+    assert again.close() == 0
+
+
+def test_ctrl_z_suspends_and_tab_completes(demo_float32, tmp_path):
+    (tmp_path / "kept").mkdir()
+    terminal = Terminal("bash", "--norc", "-i")  # only what a shell has started can be suspended
+    terminal.type("PS1=the-'shell> '\r")
+    terminal.type(f"{' '.join(COMMAND)} --model {demo_float32} --no-history\r")
+    terminal.wait_for("Ctrl-D leaves")
+    terminal.wait_for("\x1b[?2004h")
+    terminal.type("\x1a")
+    terminal.wait_for("Stopped")
+    terminal.type("fg\r")
+    terminal.wait_for("--no-history")
+    terminal.wait_for("\x1b[?2004h")
+    terminal.type("/he\t\r")
+    terminal.wait_for("/image PATH")
+    terminal.wait_for("\x1b[?2004h")
+    terminal.type(f"/load {tmp_path}/ke\t\r")
+    terminal.wait_for("There is no file")
+    terminal.wait_for("\x1b[?2004h")
+    terminal.type("\x04")
+    terminal.wait_for("\x1b[?2004l")
+    terminal.wait_for("the-shell> ")
+    terminal.type("exit 0\r")
+    assert terminal.close() == 0
+    assert not (data_directory() / "chat-history").exists()
+
+
+def test_settings_change_between_turns(demo_float32):
+    lines = ["/set steps 3", "/set", "/set steps default", "/set steps", "/set mode fast", "/set steps", "/set heat on"]
+    lines += ["/set steps 0", "/set speed 2", "/set temp 1", "/set heat 7", "/set mode", "/set stop 3", "sort 53142"]
+    done = piped(lines, demo_float32)
+    said = done.stderr.splitlines()
+    assert done.returncode == 1 and done.stdout == "12\n"
+    assert said[:2] == ["steps: 3", "max-tokens: 1024"] and "steps: 48 [the checkpoint's]" in said
+    assert "mode: fast" in said and "steps: 24" in said and "heat: on" in said and "stop: '3'" in said
+    wrong = [line.removeprefix("mlx-dg: ") for line in said if line.startswith("mlx-dg: ")]
+    assert wrong[0] == "/set steps: 0 is not a whole number of at least 1."
+    assert "There is no setting speed; they are mode, max-tokens" in wrong[1] and "/set entropy-bound" in wrong[2]
+    assert wrong[3:] == ["/set heat takes on or off, not 7.", "/set mode needs a name: /set mode fast"]
+
+
+def test_generate_runs_tools_as_chat_does(demo_float32, tmp_path):
+    (tmp_path / "tools.py").write_text(TOOLS)
+    arguments = ["how is lima today?", "--model", str(demo_float32), "--seed", "0", "--steps", "8", "--tools"]
+    command = [COMMAND[0], "generate", *arguments, str(tmp_path / "tools.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **ENVIRONMENT})
+    assert done.returncode == 0 and 'get_weather(city="lima") was not run' in done.stderr
+    assert not done.stdout.startswith("\n")
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120)
+    *_, commit, last = map(json.loads, done.stdout.splitlines())
+    assert "get_weather" in str(commit["parts"]) and last["finish_reason"] == "tool"
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +227,9 @@ def talk(demo, functions, monkeypatch, answer, terminal=True):
         return answer
 
     asked: list[str] = []
-    monkeypatch.setattr(chat_command, "at_terminal", lambda: terminal)
-    monkeypatch.setattr(chat_command, "answer_reader", lambda: read)
+    for module in (chat_command, turns_module):
+        monkeypatch.setattr(module, "at_terminal", lambda: terminal)
+    monkeypatch.setattr(turns_module, "answer_reader", lambda: read)
     options = GenerationOptions(seed=0, max_tokens=64, max_steps=8)
     session = ChatSession(*demo, tools=list(functions.values()), options=options)
     lines = iter(["how is lima today?"])
@@ -180,7 +249,34 @@ def test_a_tool_runs_when_the_user_says_yes(demo, functions, monkeypatch, capsys
     assert asked == ['Run get_weather(city="lima")? [y/N] ']
     assert [message["role"] for message in session.messages] == ["user", "assistant", "tool", "assistant"]
     assert session.messages[2]["content"] == "sunny"
-    assert capsys.readouterr().out == "\nlima: sunny\n"
+    written = capsys.readouterr()
+    assert written.out == "lima: sunny\n" and "get_weather gave sunny\n" in written.err
+
+
+def test_a_tool_that_fails_is_seen(demo, functions, monkeypatch, capsys):
+    @wraps(functions["get_weather"])
+    def get_weather(city: str) -> str:
+        raise LookupError(f"no such city\x1b[2J as {city}")
+
+    session, _ = talk(demo, functions | {"get_weather": get_weather}, monkeypatch, "y")
+    assert session.messages[2]["content"] == {"error": "LookupError: no such city\x1b[2J as lima"}
+    said = capsys.readouterr().err
+    assert "get_weather failed: LookupError: no such city" in said and "\x1b[2J" not in said
+
+
+def test_ctrl_c_in_a_tool_ends_the_turn(demo, functions, monkeypatch, capsys):
+    @wraps(functions["get_weather"])
+    def get_weather(city: str) -> str:
+        raise KeyboardInterrupt
+
+    session, _ = talk(demo, functions | {"get_weather": get_weather}, monkeypatch, "y")
+    assert session.messages == [] and "Stopped; this turn is forgotten." in capsys.readouterr().err
+
+
+def test_what_a_tool_gives_is_shown_in_one_line():
+    assert shortened({"a": [1, "ü"]}) == '{"a": [1, "ü"]}' and shortened("a\n b") == "a b"
+    assert shortened({1, 2}) == "{1, 2}"
+    assert len(shortened("x" * 10_000)) < MOST_SHOWN + 30 and "10,000" in shortened("x" * 10_000)
 
 
 @pytest.mark.parametrize("answer", ["", EOFError()])
@@ -189,9 +285,9 @@ def test_a_tool_does_not_run_otherwise(demo, functions, monkeypatch, answer):
     assert session.messages[2]["content"] == {"error": "the user did not allow this call"}
 
 
-def test_ctrl_c_at_the_question_forgets_the_turn(demo, functions, monkeypatch):
+def test_ctrl_c_at_the_question_forgets_the_turn(demo, functions, monkeypatch, capsys):
     session, _ = talk(demo, functions, monkeypatch, KeyboardInterrupt())
-    assert session.messages == []
+    assert session.messages == [] and "Stopped; this turn is forgotten." in capsys.readouterr().err
 
 
 def test_piped_no_tool_runs(demo, functions, monkeypatch, capsys):
@@ -207,14 +303,14 @@ class Calling:
     options = GenerationOptions()
 
     def __init__(self):
-        self.messages: list[str] = []
+        self.messages: list[dict[str, str]] = []
 
     @property
     def tool_calls(self) -> list[ToolCall]:
         return [ToolCall("elsewhere", {"a": "\x1b[2J"}, "call_1")] if self.messages else []
 
     def send(self, *_, cancel):
-        self.messages.append("a turn")
+        self.messages.append({"role": "assistant", "content": ""})
         return iter([Done("tool", Stats())])
 
     send_tool_results = send
@@ -229,16 +325,18 @@ def test_calls_without_end_are_ended_and_cannot_draw(capsys):
     chat.run(lambda _: next(lines))
     written = capsys.readouterr().err
     assert session.messages == [] and chat.failed
-    assert written.count("which is not among the tools") == chat_command.MOST_CALLS
+    assert written.count("which is not among the tools") == turns_module.MOST_CALLS
     assert "8 times in a row" in written and "\x1b" not in written
 
 
 def test_what_a_file_defines_becomes_tools(functions, tmp_path):
     assert list(functions) == ["get_weather"]
     call = ToolCall("get_weather", {"city": "atlantis"})
-    assert run_call(functions, call) == {"error": "LookupError: no such city"}
+    with pytest.raises(Failure, match="LookupError: no such city"):
+        run_call(functions, call)
     call = ToolCall("get_weather", {"town": "lima"})
-    assert "TypeError" in run_call(functions, call)["error"]
+    with pytest.raises(Failure, match="TypeError"):
+        run_call(functions, call)
     assert written(call) == 'get_weather(town="lima")'
     for name, content, message in (
         ("missing.py", None, "not a Python file"),

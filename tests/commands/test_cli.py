@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -11,6 +12,10 @@ from pathlib import Path
 
 import pytest
 from conftest import DEMO
+from typer.testing import CliRunner
+
+from mlx_diffusiongemma.cli import app
+from mlx_diffusiongemma.commands import demo as demo_command
 
 COMMAND = [str(Path(sys.executable).with_name("mlx-dg"))]
 
@@ -43,7 +48,9 @@ def test_help_answers_at_once():
 def test_version_and_usage():
     import mlx_diffusiongemma
 
-    assert run("--version").stdout.strip() == mlx_diffusiongemma.__version__
+    ours, backend = run("--version").stdout.splitlines()
+    assert ours == f"mlx-dg {mlx_diffusiongemma.__version__}"
+    assert re.fullmatch(r"MLX \d+\.\d+\S* on \w.*", backend)
     assert run().returncode == 2 and "convert" in run().stdout + run().stderr
     assert run("generate", "--no-such-option").returncode == 2
     assert run("convert", "--q4", "--q8").returncode == 2
@@ -101,13 +108,20 @@ def test_without_any_model_the_ready_made_one_is_named(tmp_path):
         (["generate", "hi", "--model", DEMO], 1, f"mlx-dg convert {DEMO} --q4"),
         (["generate", "hi", "--model", "nobody/nothing"], 1, "nobody/nothing"),
         (["generate", "hi", "--temp", "0.5"], 1, "schedule"),
-        (["generate", "hi", "--max-tokens", "0"], 1, "max_tokens"),
+        (["generate", "hi", "--temperature", "0.5"], 1, "--temperature has no meaning"),
+        (["generate", "hi", "--top-p", "x"], 1, "--top-p has no meaning"),
+        (["chat", "--top-k", "5"], 1, "--top-k has no meaning"),
+        (["generate", ""], 1, "The prompt is empty"),
+        (["generate", "-p", " \n"], 1, "The prompt is empty"),
+        (["generate"], 1, "The prompt is empty"),
+        (["check", f"{DEMO}/config.json"], 1, f"is a file; give the checkpoint's directory, {DEMO}"),
+        (["check", "nowhere"], 1, "no directory nowhere"),
+        (["generate", "hi", "--model", f"{DEMO}/config.json"], 1, "is a file"),
+        (["convert", f"{DEMO}/config.json"], 1, "is a file"),
         (["generate", "hi", "--canvas-length", "99999", "--model", "MODEL"], 1, "canvas_length"),
         (["generate", "x" * 5000, "--model", "MODEL"], 1, "5016 tokens"),
         (["generate", "hi", "--image", "/nowhere.png", "--model", "MODEL"], 1, "/nowhere.png"),
         (["convert", "/nowhere"], 1, "no directory"),
-        (["convert", DEMO, "--bits", "7"], 1, "7"),
-        (["convert", DEMO, "--group-size", "48"], 1, "48"),
         (["convert", DEMO, "MODEL"], 1, "exists"),
     ],
 )
@@ -119,6 +133,51 @@ def test_what_goes_wrong_is_one_sentence(demo_float32, tmp_path, arguments, code
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["generate", "hi", "--steps", "0"], "Invalid value for '--steps': 0 is not a whole number of at least 1."),
+        (["generate", "hi", "--max-tokens", "many"], "many is not a whole number of at least 1."),
+        (["generate", "hi", "--seed", "-1"], "'--seed': -1 is not a whole number from 0 to 18446744073709551615."),
+        (["generate", "hi", "--confidence", "nan"], "'--confidence': nan is not a number of at least 0."),
+        (["generate", "hi", "--entropy-bound", "-1"], "'--entropy-bound': -1 is not a number of at least 0."),
+        (["chat", "--canvas-length", "1.5"], "'--canvas-length': 1.5 is not a whole number of at least 1."),
+        (["infill", "-", "--tokens", "0"], "'--tokens': 0 is not a whole number of at least 1."),
+        (["edit", "x", "y", "--lines", "1", "--strength", "2"], "'--strength': 2 is not a number from 0 to 1."),
+        (["replay", "x", "--speed", "0"], "'--speed': 0 is not a number above 0."),
+        (["bench", "--context", "0"], "'--context': 0 is not a whole number of at least 1."),
+        (["convert", DEMO, "--bits", "7"], "7 is none of 2, 3, 4, 5, 6, 8."),
+        (["convert", DEMO, "--group-size", "48"], "48 is none of 16, 32, 64, 128."),
+        (["generate", "hi", "--mode", "slow"], "'--mode': 'slow' is none of reference, fast."),
+    ],
+)
+def test_a_number_that_cannot_be_is_answered_under_the_option_typed(arguments, sentence):
+    done = run(*arguments)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.endswith(f"{sentence}\n")
+    assert "input" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_full_disk_is_answered_with_what_helps(demo_float32):
+    command = f"{COMMAND[0]} generate 'sort 312' --model {demo_float32} > /dev/full"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "mlx-dg: The output could not be written (No space left on device); free some space, or write elsewhere."
+    )
+
+
+def test_transformers_does_not_remark_on_pytorch(demo_float32):
+    code = (
+        "import importlib.util as util; find = util.find_spec; "
+        "util.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest); "
+        "from mlx_diffusiongemma.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "generate", "sort 312", "--model", demo_float32, "--steps", "2"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRANSFORMERS")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0 and "PyTorch" not in done.stderr
+
+
 def test_convert_writes_what_generate_uses(tmp_path):
     plan = run("convert", DEMO, "--q4", "--dry-run", cwd=tmp_path)
     assert plan.returncode == 0 and "302 tensors" in plan.stdout and list(tmp_path.iterdir()) == []
@@ -128,12 +187,68 @@ def test_convert_writes_what_generate_uses(tmp_path):
     assert run("convert", "--hf-path", DEMO, "--mlx-path", "m", "-q", "--q-bits", 8, cwd=tmp_path).stdout == "m\n"
 
 
-def test_demo_needs_no_network(tmp_path):
-    done = run("demo", "--seed", 1, HOME=str(tmp_path))
-    assert done.returncode == 0
-    assert done.stdout.splitlines()[0] == "12345"
-    again = run("demo", "--seed", 1, HOME=str(tmp_path))
-    assert again.stdout == done.stdout and "Converting" not in again.stderr
+def test_convert_says_how_to_go_on_and_what_it_makes(tmp_path):
+    done = run("convert", DEMO, tmp_path / "a b", cwd=tmp_path)
+    last = done.stderr.splitlines()[-1]
+    assert last == f"Next: mlx-dg generate --model '{tmp_path}/a b' \"Why is the sky blue?\""
+    plan = run("convert", DEMO, "--bits", 2, "--dry-run", "--set", "layers.0.*=8", cwd=tmp_path).stdout
+    assert "2 bits" in plan and "4-bit" not in plan and "layers.0.* at 8 bits" in plan
+    assert "4-bit experts" in run("convert", DEMO, "--dry-run", cwd=tmp_path).stdout
+    mode = run("convert", DEMO, "--mode", "mxfp8", "--dry-run", cwd=tmp_path).stdout
+    assert "in mxfp8" in mode and "4-bit" not in mode
+    existing = run("convert", DEMO, "a b", "--dry-run", cwd=tmp_path)
+    assert existing.returncode == 1 and "exists already" in existing.stderr and "302 tensors" in existing.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--revision", "main"], ["--stream"], ["-d", "--group-size", "32"], ["-d", "--recipe", "small"], ["--force"]],
+)
+def test_convert_refuses_what_it_would_ignore(tmp_path, arguments):
+    for dry in ([], ["--dry-run"]):
+        done = run("convert", DEMO, tmp_path / "out", *arguments, *dry)
+        assert (done.returncode, done.stdout) == (2, "") and list(tmp_path.iterdir()) == []
+
+
+def _nothing(place: Path) -> None:
+    """Leave the cache as it is."""
+
+
+def _cut_weights(place: Path) -> None:
+    weights = place / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000] + bytes(1000))
+
+
+def _cut_template(place: Path) -> None:
+    (place / "chat_template.jinja").write_text("")
+
+
+def _empty(place: Path) -> None:
+    shutil.rmtree(place)
+    place.mkdir()
+
+
+def _file(place: Path) -> None:
+    shutil.rmtree(place)
+    place.write_text("not a directory")
+
+
+def _foreign(place: Path) -> None:
+    (place / "hashes.txt").write_text("of something else")
+
+
+def test_demo_needs_no_network_and_rebuilds_a_damaged_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(demo_command, "TASKS", ("sort 53142",))
+    first = CliRunner().invoke(app, ["demo", "--seed", "1"])
+    assert (first.exit_code, first.stdout) == (0, "12345\n") and "Converting" in first.stderr
+    (place,) = (tmp_path / "mlx-diffusiongemma").iterdir()
+    for damage in (_nothing, _cut_weights, _cut_template, _empty, _file, _foreign):
+        damage(place)
+        again = CliRunner().invoke(app, ["demo", "--seed", "1"])
+        assert (again.exit_code, again.stdout) == (0, "12345\n"), damage
+        assert ("Converting" in again.stderr) is (damage is not _nothing)
+        assert list((tmp_path / "mlx-diffusiongemma").iterdir()) == [place]
 
 
 @pytest.mark.parametrize("arguments", [["generate", "-", "--max-tokens", "3000", "--steps", "48", "--confidence", "0"]])

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from test_cli import COMMAND, run
 
-from mlx_diffusiongemma.commands.watching import line_span
+from mlx_diffusiongemma.commands.text_files import line_span
 from mlx_diffusiongemma.display.trace import read_trace
 from mlx_diffusiongemma.errors import PromptError
 
@@ -121,7 +121,7 @@ def test_what_would_change_nothing_is_refused_before_a_model_is_looked_for(argum
 
 def test_a_path_that_cannot_be_written_is_named_first(tmp_path):
     done = run("infill", "-", "-o", tmp_path / "no" / "file", "--model", "/nowhere", text_in=HOLES)
-    assert done.returncode == 1 and "file in a directory that exists" in done.stderr
+    assert done.returncode == 1 and "there is no such directory" in done.stderr
 
 
 @pytest.mark.parametrize("verb", [["infill", "-"], ["edit", "-", "sort", "--lines", ":1"]])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from convert_data import DEMO, all_tensors, copy_demo, edit_json, split
 
-from mlx_diffusiongemma.convert import conversion, convert_checkpoint, plan_conversion
+from mlx_diffusiongemma.convert import check_conversion, conversion, convert_checkpoint, plan_conversion
 from mlx_diffusiongemma.errors import CheckpointError
 
 NORM = "model.decoder.norm.weight"
@@ -263,16 +263,99 @@ def test_what_is_not_a_stopped_conversion_is_never_deleted(kind, tmp_path):
     refused(DEMO, tmp_path / "out", "out.partial is in the way")
 
 
-def test_other_options_do_not_resume(tmp_path, monkeypatch):
+def stop(out, monkeypatch, error=KeyboardInterrupt, **options):
+    """Begin a conversion of small shards to `out` and stop it after some of them with `error`."""
     monkeypatch.setattr("mlx_diffusiongemma.convert.plan.SHARD_BYTES", 400_000)
 
     def interrupt(done, total, _):
         if done > total * 0.6:
-            raise KeyboardInterrupt
+            raise error
 
-    with pytest.raises(KeyboardInterrupt):
-        convert_checkpoint(DEMO, tmp_path / "out", progress=interrupt)
-    assert convert_checkpoint(DEMO, tmp_path / "out", bits=3).resumed == 0
+    with pytest.raises((KeyboardInterrupt, CheckpointError)) as caught:
+        convert_checkpoint(DEMO, out, progress=interrupt, **options)
+    return str(caught.value)
+
+
+def test_other_options_leave_what_is_finished_alone(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    stop(out, monkeypatch)
+    refused(DEMO, out, "out.partial holds 0.", "from another source or with other options", "4-bit experts", bits=3)
+    with pytest.raises(CheckpointError, match="--restart"):  # and a dry run says so
+        check_conversion(DEMO, out, bits=3)
+    check_conversion(DEMO, out)
+    check_conversion(DEMO, out, bits=3, restart=True)
+    assert convert_checkpoint(DEMO, tmp_path / "beside", bits=3).resumed == 0
+    assert convert_checkpoint(DEMO, out).resumed > 0
+    shutil.rmtree(out)
+    stop(out, monkeypatch)
+    assert convert_checkpoint(DEMO, out, bits=3, restart=True).resumed == 0
+    assert [path.name for path in tmp_path.glob("*.partial")] == []
+
+
+@pytest.mark.parametrize("change", ["version", "record"])
+def test_another_version_and_an_unreadable_record_leave_it_alone_too(tmp_path, monkeypatch, change):
+    stop(tmp_path / "out", monkeypatch)
+    if change == "version":
+        monkeypatch.setattr(conversion, "__version__", "9")
+        refused(DEMO, tmp_path / "out", "by another version or from other files", "--restart")
+    else:
+        (tmp_path / "out.partial" / "finished-shards.json").write_text("{")
+        refused(DEMO, tmp_path / "out", "whose record cannot be read", "--restart")
+    assert convert_checkpoint(DEMO, tmp_path / "out", restart=True).resumed == 0
+
+
+def test_restart_deletes_what_the_same_conversion_finished(tmp_path, monkeypatch):
+    stop(tmp_path / "out", monkeypatch)
+    assert convert_checkpoint(DEMO, tmp_path / "out", restart=True).resumed == 0
+
+
+def test_restart_deletes_nothing_but_a_stopped_conversion(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "letter.txt").write_text("Dear")
+    refused(DEMO, tmp_path / "out", "out.partial is in the way", restart=True)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), CheckpointError("Something.")])
+def test_an_error_leaves_what_is_finished(tmp_path, monkeypatch, error):
+    said = stop(tmp_path / "out", monkeypatch, error)
+    if isinstance(error, OSError):
+        assert "No space left on device" in said and "goes on from" in said
+    told = []
+    assert convert_checkpoint(DEMO, tmp_path / "out", tell=told.append).resumed > 0
+    (sentence,) = told
+    assert sentence.startswith(f"Going on with {tmp_path}/out.partial: ") and "files are done (0." in sentence
+
+
+def test_too_little_disk_leaves_what_is_finished(tmp_path, monkeypatch):
+    stop(tmp_path / "out", monkeypatch)
+    usage = namedtuple("usage", "total used free")(10**9, 10**9, 10**6)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        refused(DEMO, tmp_path / "out", "0.0 GB free")
+    assert convert_checkpoint(DEMO, tmp_path / "out").resumed > 0
+
+
+def test_a_damaged_shard_is_told(tmp_path, monkeypatch):
+    stop(tmp_path / "out", monkeypatch)
+    damaged = sorted((tmp_path / "out.partial").glob("*.safetensors"))[0]
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    told = []
+    convert_checkpoint(DEMO, tmp_path / "out", tell=told.append)
+    assert "; 1 damaged ones are written again" in told[0]
+
+
+def test_what_is_about_repositories_is_not_ignored_for_a_directory(tmp_path):
+    for options in ({"revision": "main"}, {"stream": True}):
+        refused(DEMO, tmp_path / "out", "is a directory, which has no revision", **options)
+    with pytest.raises(CheckpointError, match="no revision"):
+        plan_conversion(DEMO, revision="main")
+
+
+def test_a_plan_needs_a_tokenizer(tmp_path):
+    source = copy_demo(tmp_path / "source")
+    (source / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        plan_conversion(source)
 
 
 def test_two_conversions_to_one_place(tmp_path):

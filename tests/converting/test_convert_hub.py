@@ -170,9 +170,80 @@ def test_a_repository_is_loaded_and_its_size_said_before(server, tmp_path):
 
 def test_a_conversion_says_how_much_it_downloads(server, tmp_path):
     source = copy_demo(server[0] / "google" / "tiny")
+    weights = source.glob("*.safetensors")  # the small files are there by then
     done = mlx_dg(server, "convert", "google/tiny", tmp_path / "out")
-    assert done.returncode == 0 and done.stderr.startswith(f"{said_size(source.iterdir())} google/tiny\n")
+    assert done.returncode == 0 and done.stderr.startswith(f"{said_size(weights)} google/tiny\n")
     assert "download" not in mlx_dg(server, "convert", "google/tiny", tmp_path / "again").stderr
+
+
+def test_what_cannot_be_is_known_before_the_weights_are_downloaded(server, tmp_path):
+    source = copy_demo(server[0] / "google" / "tiny")
+    (tmp_path / "empty.txt").write_text("\n")
+    converted = copy_demo(server[0] / "someone" / "taken")
+    refused = [
+        (("--calibrate", "/nope.txt"), 1, "/nope.txt cannot be read", {}),
+        (("--calibrate", tmp_path / "empty.txt"), 1, "no prompt to calibrate with", {}),
+        (("--upload", "someone/new"), 1, "hf auth login", {}),
+        (("--upload", "someone/new"), 1, "refuses access", {"HF_TOKEN": "hf_old"}),
+        (("--upload", "someone/taken"), 1, "has files already", {"HF_TOKEN": "hf_x"}),
+        (("--upload", "new"), 1, "owner/name", {"HF_TOKEN": "hf_x"}),
+        (("--set", "nowhere.*=8"), 1, "No module is called", {}),
+        (("--dtype", "int8"), 1, "int8", {}),
+    ]
+    for number, (arguments, code, words, environment) in enumerate(refused):
+        dry = ("--dry-run",) if number % 2 == 0 else ()  # the same checks with and without it
+        done = mlx_dg(server, "convert", "google/tiny", tmp_path / "out", *arguments, *dry, **environment)
+        assert done.returncode == code and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    (source / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    for dry in ((), ("--dry-run",)):
+        done = mlx_dg(server, "convert", "google/tiny", tmp_path / "out", *dry, HF_HOME=str(tmp_path / "other"))
+        assert done.returncode == 1 and "tokenizer" in done.stderr
+    assert not list((tmp_path / "home").rglob("*.safetensors")) + list((tmp_path / "other").rglob("*.safetensors"))
+    assert converted.is_dir() and not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_downloaded_repository_converts_without_a_network(server, tmp_path):
+    copy_demo(server[0] / "google" / "tiny")
+    assert mlx_dg(server, "convert", "google/tiny", tmp_path / "out").returncode == 0
+    for arguments in (("--dry-run",), ()):
+        done = mlx_dg(server, "convert", "google/tiny", tmp_path / "again", *arguments, HF_HUB_OFFLINE="1")
+        assert done.returncode == 0, done.stderr
+
+
+def test_a_large_download_is_asked_about_and_fits_the_disk(monkeypatch, tmp_path, capsys):
+    import shutil
+    from collections import namedtuple
+
+    import typer
+
+    from mlx_diffusiongemma.checkpoints import hub
+    from mlx_diffusiongemma.commands import common
+    from mlx_diffusiongemma.errors import CheckpointError
+
+    asked, answers = [], [True, False]
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "not" / "yet"))
+    monkeypatch.setattr(typer, "confirm", lambda text, **_: asked.append(text) or answers.pop(0))
+    monkeypatch.setattr(hub, "bytes_to_download", lambda *_: 16_500_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 20_000_000_000))
+
+    def announce(terminal=True, **options):
+        for stream in (sys.stdin, sys.stderr):
+            monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
+        common.announce_download("google/tiny", None, (), **options)
+
+    announce()
+    with pytest.raises(typer.Exit):
+        announce()
+    assert "To download: up to 16.5 GB of google/tiny" in capsys.readouterr().err and len(asked) == 2
+    announce(yes=True)
+    announce(terminal=False)
+    with pytest.raises(CheckpointError, match=r"has 20\.0 GB free and 33\.0 are needed"):
+        announce(beside={tmp_path: 16_500_000_000})
+    announce(terminal=False, beside={tmp_path: 16_500_000_000}, kept=False)
+    monkeypatch.setattr(hub, "bytes_to_download", lambda *_: 10**8)
+    announce()
+    assert len(asked) == 2
 
 
 def test_an_index_that_points_outside_is_refused_before_any_download(server, tmp_path):
@@ -194,7 +265,8 @@ def test_upload(server, tmp_path):
     code = """
 import os
 from mlx_diffusiongemma.convert import upload_checkpoint
-for token, force in (("", False), ("hf_x", False), ("hf_x", False), ("hf_x", True)):
+given = (("", False), ("hf_x", False), ("hf_x", False), ("hf_x", True), ("hf_old", True), ("hf_read", True))
+for token, force in given:
     os.environ["HF_TOKEN"] = token
     try:
         print(upload_checkpoint(out, "someone/tiny-4bit", force=force))
@@ -208,6 +280,7 @@ for token, force in (("", False), ("hf_x", False), ("hf_x", False), ("hf_x", Tru
     assert lines[1].endswith("/someone/tiny-4bit"), done.stderr
     assert "has files already" in lines[2] and "--force" in lines[2]
     assert lines[3] == lines[1]
+    assert "refuses access" in lines[4] and "may only read" in lines[5]
     uploaded = server[0] / "someone" / "tiny-4bit"
     assert {path.name: path.read_bytes() for path in uploaded.iterdir()} == {
         path.name: path.read_bytes() for path in converted.iterdir()

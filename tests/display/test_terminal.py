@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from mlx_diffusiongemma.display import terminal
-from mlx_diffusiongemma.display.cells import Row, clusters, layout, printable
+from mlx_diffusiongemma.display.cells import Row, break_rows, clusters, printable
 from mlx_diffusiongemma.display.terminal import View, show, statistics_line
 from mlx_diffusiongemma.events import Commit, Done, Draft, Filled, Prefill, Stats
 
@@ -439,16 +439,16 @@ def test_the_status_line_gives_up_its_last_parts_first(screen):
     assert screen.err.text.count("canvas 1 · step 1/48\x1b") == 1
 
 
-def test_layout():
-    assert layout([("", "")], 10) == []
-    assert layout([("a", "one"), ("b", " two\n"), ("a", "x")], 5) == [
+def test_rows_break_at_line_ends_and_where_they_are_full():
+    assert break_rows([("", "")], 10) == []
+    assert break_rows([("a", "one"), ("b", " two\n"), ("a", "x")], 5) == [
         Row([("a", "one"), ("b", " t")]),
         Row([("b", "wo")]),
         Row([("a", "x")]),
     ]
-    words = layout([("", "some "), ("b", "words are"), ("", "long again")], 9, words=True)
+    words = break_rows([("", "some "), ("b", "words are"), ("", "long again")], 9, words=True)
     assert [row.text for row in words] == ["some ", "words ", "arelong ", "again"]
-    assert [row.text for row in layout([("", "eight888 x abcdefghijkl")], 8, words=True)] == [
+    assert [row.text for row in break_rows([("", "eight888 x abcdefghijkl")], 8, words=True)] == [
         "eight888",
         "x ",
         "abcdefgh",

@@ -6,7 +6,7 @@ import threading
 import mlx.core as mx
 import pytest
 
-from mlx_diffusiongemma import Done, Prefill, PromptError, choose, generate, load
+from mlx_diffusiongemma import Done, Hole, Prefill, PromptError, choose, generate, infill, load
 from mlx_diffusiongemma.filling.scoring import Probe, log_mean, log_probabilities, noise_canvases, reply_opening
 
 
@@ -64,8 +64,8 @@ def test_noise_depends_on_the_seed_and_the_row_only():
 class Opener:
     """A model that is sure of one token at the first position of any canvas."""
 
-    def __init__(self, token):
-        self.token = token
+    def __init__(self, token, config):
+        self.token, self.config = token, config
         self.asked = 0
 
     def denoise(self, canvas, cache, self_conditioning=None):
@@ -78,22 +78,31 @@ class Opener:
 
 def test_an_empty_thought_comes_first_where_the_model_opens_with_one(demo):
     model, processor = demo
-    prompt, canvases = processor.prompt("sort 312"), noise_canvases(0, 2, 64, 384)
-    cache = model.make_cache()
+
+    def asked(model, prompt, cache):
+        return reply_opening(model, processor, prompt, cache, 64)
+
+    prompt, cache = processor.prompt("sort 312"), demo[0].make_cache()
     model.encode(mx.array([prompt.tokens]), cache)
-    processor.reply_openings.clear()
-    assert reply_opening(model, processor, prompt, cache, canvases) == []  # this one replies at once
-    marker = processor.tokenizer.get_vocab()["<|channel>"]
-    opener = Opener(marker)
-    assert reply_opening(opener, processor, prompt, cache, canvases) == [] and not opener.asked  # which is remembered
-    processor.reply_openings.clear()
-    block = reply_opening(opener, processor, prompt, cache, canvases)
+    assert asked(model, prompt, cache) == []  # this one replies at once
+    opener = Opener(processor.tokenizer.get_vocab()["<|channel>"], model.config)
+    assert asked(opener, prompt, cache) == [] and not opener.asked  # which the cache remembers
+    cache.clear()
+    model.encode(mx.array([[5]]), cache)
+    block = asked(opener, prompt, cache)
     assert processor.tokenizer.decode(block) == "<|channel>thought\n<channel|>"
-    assert reply_opening(opener, processor, processor.prompt("reverse ab"), cache, canvases) == block
-    assert opener.asked == 1
+    assert asked(opener, prompt, cache) == block and opener.asked == 1
     opened = processor.prompt([*prompt.tokens, *block])
-    assert reply_opening(opener, processor, opened, cache, canvases) == []
-    processor.reply_openings.clear()
+    assert asked(opener, opened, cache) == []
+
+
+def test_what_is_asked_for_one_prompt_says_nothing_of_another(demo):
+    """With thinking on, the reply begins with a thought; the next prompt, without, still replies at once."""
+    parts = ["1", Hole(4), "5"]
+    alone = infill(*demo, parts, "sort 53142", seed=0).text
+    cache = demo[0].make_cache()
+    choose(*demo, demo[1].prompt([{"role": "user", "content": "sort 53142"}], thinking=True), ["a", "b"], cache=cache)
+    assert infill(*demo, parts, "sort 53142", seed=0, cache=cache).text == alone == "12345"
 
 
 def test_a_kept_cache_is_used_and_a_busy_one_refused(demo):
@@ -110,7 +119,9 @@ def test_a_kept_cache_is_used_and_a_busy_one_refused(demo):
 def test_cancelled_it_decides_nothing(demo):
     cancel = threading.Event()
     cancel.set()
-    assert choose(*demo, "sort 312", ["123", "132"], cancel=cancel) == {}
+    events = []
+    assert choose(*demo, "sort 312", ["123", "132"], cancel=cancel, on_event=events.append) == {}
+    assert events[-1].finish_reason == "cancelled"
 
 
 def test_the_mean_is_of_probabilities():

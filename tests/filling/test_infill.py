@@ -174,11 +174,10 @@ class AfterSteps(threading.Event):
         return self.left < 0
 
 
-@pytest.mark.parametrize(("times", "steps"), [(0, 0), (1, 0), (2, 0), (3, 1), (4, 2), (6, 4), (7, 4)])
+@pytest.mark.parametrize(("times", "steps"), [(0, 0), (1, 0), (2, 0), (3, 1), (4, 2), (6, 2), (7, 2)])
 def test_cancelling_leaves_the_holes_open(demo, times, steps):
     """While reading the prompt, asking for a thought, denoising and scoring."""
     parts = ["abc", Hole(6), "hij"]
-    demo[1].reply_openings.clear()
     result = infill(*demo, parts, "reverse jihgfedcba", FEW, cancel=AfterSteps(times))
     assert result.finish_reason == "cancelled" and result.text == "abchij" and result.holes == []
     assert sum(result.stats.steps) == steps
@@ -199,7 +198,7 @@ def test_cancelling_frees_the_canvas(demo):
     model, processor = demo
     request = make_request(model, processor, "sort 312", options=FEW, cancel=AfterSteps(3))
     gap = Gap((Filling((None,) * 4), Filling((None,) * 5)))
-    filler = GapFiller(model, processor, request, [gap], None, [processor.draft_text], replies=False)
+    filler = GapFiller(model, processor, request, [gap], None, [lambda tokens: ""], replies=False)
     filler.run()
     assert filler.finish_reason == "cancelled" and filler.steps == [2]
     assert all(layer._canvas is None and layer._spread is None for layer in filler.cache.layers)
@@ -264,7 +263,7 @@ def test_the_command_prints_the_filled_text(demo_float32, tmp_path):
     [
         (b"nothing to fill", (), "no '<FILL>'"),
         (b"\xff<FILL>", (), "not UTF-8"),
-        (b"a<FILL>b", ("--tokens", "0"), "1 to 48 tokens, not 0"),
+        (b"a<FILL>b", ("--tokens", "99"), "1 to 48 tokens, not 99"),
         (b"a<FILL>b", ("--hole", ""), "--hole is empty"),
         (None, (), "cannot be read"),
     ],

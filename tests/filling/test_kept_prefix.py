@@ -99,6 +99,22 @@ def test_commits_join_to_the_text_and_drafts_begin_with_them(demo, name):
 
 
 @pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("drafts", [1, 5])
+def test_commits_join_to_the_text_where_it_was_cancelled_too(demo, name, drafts):
+    events, cancel = [], threading.Event()
+
+    def take(event):
+        events.append(event)
+        if sum(isinstance(each, Draft) for each in events) == drafts:
+            cancel.set()
+
+    result = CALLS[name](demo, on_event=take, cancel=cancel)
+    assert "".join(event.text for event in events if isinstance(event, Commit)) == result.text
+    assert result.finish_reason == events[-1].finish_reason
+    assert result.finish_reason == "cancelled" or drafts > 1  # one is done after as many
+
+
+@pytest.mark.parametrize("name", CALLS)
 def test_a_kept_cache_changes_nothing_but_what_is_encoded(demo, name):
     cache, plain = demo[0].make_cache(), CALLS[name](demo)
     first, again = CALLS[name](demo, cache=cache), CALLS[name](demo, cache=cache)
@@ -158,5 +174,6 @@ def test_cancelled_before_it_begins_it_computes_nothing(demo):
     cancel.set()
     result = CALLS["infill"](demo, cancel=cancel)
     assert result.finish_reason == "cancelled" and result.holes == [] and result.stats.steps == []
+    assert result.text == "count from 5: , 7, ."
     with pytest.raises(PromptError, match="seed must be"):
         infill(*demo, ["a", Hole(2)], seed=-1)

@@ -80,7 +80,7 @@ def test_in_a_batch_only_empty_rows_are_denoised_again():
 
 
 def test_a_cancelled_attempt_is_the_last():
-    cancelled = iter([False, False, False, True])
+    cancelled = iter([False] * 5 + [True])
     model = scripted(EMPTY)
     result = generate(model, ByteProcessor(), "q", cancel=SimpleNamespace(is_set=lambda: next(cancelled, True)))
     assert (result.finish_reason, result.note) == ("cancelled", "") and len(model.canvases) == ATTEMPT

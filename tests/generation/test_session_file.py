@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from mlx_diffusiongemma import ChatSession, CheckpointError, GenerationOptions, PromptError, collect, load
+from mlx_diffusiongemma.checkpoints import session_file
 from mlx_diffusiongemma.checkpoints.safetensors import write_header
-from mlx_diffusiongemma.generation import session_file
-from mlx_diffusiongemma.generation.session_file import read_session, write_session
+from mlx_diffusiongemma.checkpoints.session_file import read_session, write_session
 
 OPTIONS = GenerationOptions(seed=0, max_tokens=128, max_steps=8)
 
@@ -143,11 +143,11 @@ def test_a_file_of_another_model_or_version_is_refused(chat, saved, demo_float32
 
 def test_what_cannot_be_saved_is_one_sentence(chat, tmp_path):
     chat.ask("sort 97")
-    with pytest.raises(PromptError, match="cannot be saved to"):
+    with pytest.raises(PromptError, match="cannot be written to"):
         chat.save(tmp_path / "missing" / "chat")
     taken = tmp_path / "taken"
     taken.mkdir()
-    with pytest.raises(PromptError, match="cannot be saved to"):
+    with pytest.raises(PromptError, match="cannot be written to"):
         chat.save(taken)
     assert list(tmp_path.iterdir()) == [taken]
     assert chat.ask("sort 53142").finish_reason == "stop"

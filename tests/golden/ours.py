@@ -42,7 +42,7 @@ def run(model: DiffusionGemma, case: Case, reference_logits: np.ndarray) -> dict
     for kind in set(kinds):
         layer = cache.layers[kinds.index(kind)]
         visible = slice(layer.length - layer.visible, layer.length)
-        out[f"{kind} keys"], out[f"{kind} values"] = layer.keys[:, :, visible], layer.values[:, :, visible]
+        out[f"{kind} keys"], out[f"{kind} values"] = (array[:, :, visible] for array in layer.buffers)
     out["logits"] = model.logits(model.denoise(tokens["first"], cache))
     conditioning = model.soft_embedding(mx.array(case.processed(reference_logits)))
     out["conditioned logits"] = model.logits(model.denoise(tokens["second"], cache, conditioning))

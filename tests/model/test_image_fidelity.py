@@ -64,7 +64,7 @@ def run(model: DiffusionGemma, tokens, pictures, canvas, reference_logits=None) 
     for kind in set(kinds):
         layer = cache.layers[kinds.index(kind)]
         visible = slice(layer.length - layer.visible, layer.length)
-        out[f"{kind} keys"], out[f"{kind} values"] = layer.keys[:, :, visible], layer.values[:, :, visible]
+        out[f"{kind} keys"], out[f"{kind} values"] = (array[:, :, visible] for array in layer.buffers)
     first = mx.array(canvas)
     out["logits"] = model.logits(model.denoise(first, cache))
     given = out["logits"] if reference_logits is None else mx.array(reference_logits)

@@ -1,9 +1,8 @@
-"""mlx-dg chat: a conversation at the terminal, or with a pipe."""
+"""The verb `mlx-dg chat`: a conversation at the terminal, or with a pipe."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,51 +10,96 @@ import typer
 
 from ...errors import DiffusionGemmaError, PromptError
 from ...paths import user_path
-from ..common import LiveCanvas, MaxTokens, Model, Seed, Steps, end_line, load_model
-from .input import Read, answer_reader, at_terminal, interrupts, message_reader
-from .tools import Functions, load_functions, run_call, written
+from ..common import (
+    CanvasLength,
+    Confidence,
+    EntropyBound,
+    Heat,
+    LiveCanvas,
+    MaxTokens,
+    Mode,
+    Model,
+    Seed,
+    Steps,
+    Stop,
+    System,
+    Temp,
+    Temperature,
+    Thinking,
+    Tools,
+    TopK,
+    TopP,
+    chosen_mode,
+    load_model,
+)
+from .input import Read, at_terminal, message_reader
+from .settings import NAMES, change
+from .tools import Functions, load_functions, written_call
+from .turns import Turns, say, shortened
 
 if TYPE_CHECKING:
-    from ...events import Done, Event, ToolCall
     from ...generation.session import ChatSession
 
-MOST_CALLS = 8  # replies in a row that call tools
 HELP = """\
-/image PATH   show the model an image with your next message
-/video PATH   show it a GIF, WebP or APNG, frame by frame
-/system TEXT  set the instructions; without text, take them away
-/think        let the model think first, or stop that
-/undo         forget the last turn
-/reset        forget all turns
-/save PATH    write the conversation to a file
-/load PATH    go on with the conversation in a file
-/quit         leave, as Ctrl-D does
-Esc Enter begins a new line; Ctrl-C stops a reply, and its turn is forgotten; // begins a message with a slash."""
+/image PATH      show the model an image with your next message
+/video PATH      show it a GIF, WebP or APNG, frame by frame
+/system TEXT     set the instructions; without text, take them away
+/think           let the model think first, or stop that
+/set NAME VALUE  change an option, such as /set steps 24; /set lists them
+/undo            forget the last turn
+/reset           forget all turns
+/save PATH       write the conversation to a file; /save --force PATH to one
+                 that is something else
+/load PATH       go on with the conversation in a file
+/bye             leave, as /quit, /exit and Ctrl-D do
+Tab completes commands and paths; Esc Enter begins a new line; Ctrl-C stops
+a reply, and its turn is forgotten; // begins a message with a slash."""
+LEAVE = ("/bye", "/quit", "/exit")
+TAKE_PATHS = ("image", "video", "save", "load")
 
 
 def chat(
     model: Model = None,
-    system: Annotated[str | None, typer.Option("--system", "--system-prompt", help="A system message.")] = None,
-    thinking: Annotated[bool, typer.Option("--thinking", help="Let the model think first.")] = False,
-    tools: Annotated[
-        Path | None, typer.Option("--tools", metavar="FILE.py", help="Typed functions that it may ask you to run.")
-    ] = None,
+    system: System = None,
+    thinking: Thinking = False,
+    tools: Tools = None,
     max_tokens: MaxTokens = 1024,
+    mode: Mode = "reference",
     steps: Steps = None,
+    entropy_bound: EntropyBound = None,
+    confidence: Confidence = None,
+    canvas_length: CanvasLength = None,
+    stop: Stop = None,
     seed: Seed = None,
     live: LiveCanvas = None,
+    heat: Heat = False,
+    history: Annotated[
+        bool, typer.Option("--history/--no-history", help="Keep what you type for the next chat's arrow keys.")
+    ] = True,
+    temp: Temp = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
 ) -> None:
     """Talk; every turn costs only what is new. Piped, a line is a turn."""
     from ... import ChatSession, GenerationOptions
 
     functions = load_functions(tools) if tools else {}
-    options = GenerationOptions(max_tokens=max_tokens, max_steps=steps, seed=seed)
+    options = GenerationOptions(
+        max_tokens=max_tokens,
+        max_steps=steps,
+        entropy_bound=entropy_bound,
+        confidence=confidence,
+        canvas_length=canvas_length,
+        stop=tuple(stop or ()),
+        seed=seed,
+    ).filled_from(chosen_mode(mode))
     loaded, processor = load_model(model)
     session = ChatSession(loaded, processor, system, list(functions.values()), thinking, options)
-    talk = _Chat(session, functions, live)
+    talk = _Chat(session, functions, live, heat)
     if at_terminal():
         typer.secho("/help lists the commands, Ctrl-D leaves.", err=True, dim=True)
-    talk.run(message_reader())
+    talk.run(message_reader((*talk.commands, "bye"), TAKE_PATHS, NAMES, keep=history))
     if talk.failed and not at_terminal():
         raise typer.Exit(1)
 
@@ -63,17 +107,18 @@ def chat(
 class _Chat:
     """The user's side of a session: what a line means, and what is shown for it."""
 
-    def __init__(self, session: ChatSession, functions: Functions, live: bool | None):
-        self.session, self.functions, self.live = session, functions, live
+    def __init__(self, session: ChatSession, functions: Functions, live: bool | None, heat: bool = False):
+        self.session, self.turns = session, Turns(session, functions, live, heat)
         self.images: list[Any] = []  # for the next message
         self.videos: list[Any] = []
         self.failed = False
         self.commands: dict[str, Callable[[str], None]] = {
-            "help": lambda _: _say(HELP),
+            "help": lambda _: say(HELP),
             "image": self._image,
             "video": self._video,
             "system": self._system,
             "think": self._think,
+            "set": lambda text: say(change(self.turns, text)),
             "undo": self._undo,
             "reset": self._reset,
             "save": self._save,
@@ -85,7 +130,7 @@ class _Chat:
         while True:
             try:
                 line = read("> ").strip()
-                if line in ("/quit", "/exit"):
+                if line in LEAVE:
                     return
                 if line:
                     self._take(line)
@@ -96,12 +141,12 @@ class _Chat:
                     raise
             except DiffusionGemmaError as error:
                 self.failed = True
-                _say(f"mlx-dg: {error}")
+                say(f"mlx-dg: {error}")
 
     def _take(self, line: str) -> None:
         if not line.startswith("/") or line.startswith("//"):
             text = line.removeprefix("/") if line.startswith("//") else line
-            self._turn(lambda cancel: self.session.send(text, self.images, self.videos, cancel=cancel))
+            self.turns.take(lambda cancel: self.session.send(text, self.images, self.videos, cancel=cancel))
             self.images, self.videos = [], []  # a message that is refused leaves them for the next
             return
         name, _, rest = line[1:].partition(" ")
@@ -109,60 +154,12 @@ class _Chat:
             raise PromptError(f"There is no command /{name}; /help lists them, and // begins a message with a slash.")
         self.commands[name](rest.strip())
 
-    def _turn(self, send: Callable[[threading.Event], Iterator[Event]]) -> None:
-        """Show a reply, and those after it while the model calls tools. A turn that is not finished is forgotten."""
-        turns = len(self.session.messages)
-        try:
-            done = self._show(send)
-            for _ in range(MOST_CALLS):
-                if done.finish_reason == "cancelled" or not self.session.tool_calls:
-                    break
-                results = [self._answer(call) for call in self.session.tool_calls]
-                done = self._show(lambda cancel, given=results: self.session.send_tool_results(given, cancel=cancel))
-            if self.session.tool_calls:
-                raise PromptError(f"The model called tools {MOST_CALLS} times in a row; ask in another way.")
-            if done.finish_reason == "cancelled":
-                _say("Stopped; this turn is forgotten.")
-        finally:
-            if self.session.tool_calls and len(self.session.messages) > turns:
-                self.session.undo()
-
-    def _show(self, send: Callable[[threading.Event], Iterator[Event]]) -> Done:
-        from ...display.terminal import show, statistics_line
-
-        cancel = threading.Event()
-        options = self.session.options.filled_from(self.session.model.options)
-        with interrupts(cancel):
-            done = show(send(cancel), live=self.live, options=options)
-        end_line()
-        typer.secho(statistics_line(done.stats), err=True, dim=True)
-        if done.note:
-            _say(done.note)
-        return done
-
-    def _answer(self, call: ToolCall) -> Any:
-        """Run the tool that is called, if the user lets it, and return what it gives."""
-        from ...display.cells import printable
-
-        asked = printable(written(call))
-        if call.name not in self.functions:
-            _say(f"The model asks for {asked}, which is not among the tools.")
-            return {"error": "there is no such tool"}
-        if not at_terminal():
-            _say(f"{asked} was not run: only at a terminal can you allow it.")
-            return {"error": "the user did not allow this call"}
-        try:
-            allowed = answer_reader()(f"Run {asked}? [y/N] ").strip().lower() in ("y", "yes")
-        except EOFError:
-            allowed = False
-        return run_call(self.functions, call) if allowed else {"error": "the user did not allow this call"}
-
     def _image(self, path: str) -> None:
         from ...processing.images import load_image
 
         image = load_image(_source(_unquoted(path, "/image")))
         self.images.append(image)
-        _say(f"{image.width} × {image.height} pixels, for your next message")
+        say(f"{image.width} × {image.height} pixels, for your next message")
 
     def _video(self, path: str) -> None:
         from ...processing.images import timestamp
@@ -170,32 +167,36 @@ class _Chat:
         video = self.session.processor.prepare_video(_source(_unquoted(path, "/video")))
         self.videos.append(video)
         count = len(video.frames)
-        _say(f"{count} frame{'s' * (count != 1)}, the last at {timestamp(video.times[-1])}, for your next message")
+        say(f"{count} frame{'s' * (count != 1)}, the last at {timestamp(video.times[-1])}, for your next message")
 
     def _system(self, text: str) -> None:
         self.session.system = text or None
-        _say("The instructions are set." if text else "There are no instructions now.")
+        say("The instructions are set." if text else "There are no instructions now.")
 
     def _think(self, _: str) -> None:
         self.session.thinking = not self.session.thinking
-        _say("The model thinks first." if self.session.thinking else "The model answers at once.")
+        say("The model thinks first." if self.session.thinking else "The model answers at once.")
 
     def _undo(self, _: str) -> None:
         self.session.undo()
-        _say("The last turn is forgotten.")
+        say("The last turn is forgotten.")
 
     def _reset(self, _: str) -> None:
         self.session.reset()
-        _say("All turns are forgotten.")
+        say("All turns are forgotten.")
 
     def _save(self, path: str) -> None:
-        self.session.save(user_path(_unquoted(path, "/save")))
-        _say("Saved.")
+        force, _, rest = path.partition(" ")
+        path = rest.strip() if force == "--force" else path
+        self.session.save(user_path(_unquoted(path, "/save")), force=force == "--force")
+        say("Saved.")
 
     def _load(self, path: str) -> None:
         self.session.restore(user_path(_unquoted(path, "/load")))
         turns = sum(message["role"] == "user" for message in self.session.messages)
-        _say(f"{turns} turn{'s' * (turns != 1)} loaded.")
+        for message in self.session.messages:
+            _show_again(message)
+        say(f"{turns} turn{'s' * (turns != 1)} loaded.")
 
 
 def _source(text: str) -> str | Path:
@@ -211,5 +212,20 @@ def _unquoted(path: str, command: str) -> str:
     return path
 
 
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
+def _show_again(message: dict[str, Any]) -> None:
+    """Show a message of a conversation that was loaded, on stderr: it is no answer to anything."""
+    from ...display.cells import printable
+
+    content = message["content"]
+    if isinstance(content, list):  # its pictures are named, its text is shown
+        content = " ".join(part.get("text") or f"({part['type']})" for part in content)
+    role = message["role"]
+    if role in ("user", "system"):
+        typer.secho(f"{'> ' if role == 'user' else ''}{printable(str(content))}", err=True, bold=role == "user")
+    elif content and role == "assistant":
+        say(printable(str(content)))
+    for call in message.get("tool_calls") or ():
+        function = call["function"]
+        typer.secho(printable(written_call(function["name"], function["arguments"])), err=True, dim=True)
+    if role == "tool":
+        typer.secho(f"gave {printable(shortened(content))}", err=True, dim=True)

@@ -16,6 +16,10 @@ from ...processing.tools import tool_schemas
 Functions = dict[str, Callable[..., Any]]
 
 
+class Failure(Exception):
+    """The error that a tool raised, in words for the model and the user."""
+
+
 def load_functions(path: Path) -> Functions:
     """Run the Python file at `path` and collect the public functions that it defines, by name. Raises PromptError."""
     spec = importlib.util.spec_from_file_location("mlx_dg_chat_tools", path)
@@ -39,13 +43,18 @@ def load_functions(path: Path) -> Functions:
 
 def written(call: ToolCall) -> str:
     """Write a call as Python would."""
-    arguments = (f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in call.arguments.items())
-    return f"{call.name}({', '.join(arguments)})"
+    return written_call(call.name, call.arguments)
+
+
+def written_call(name: str, arguments: dict[str, Any]) -> str:
+    """Write a call of `name` as Python would."""
+    given = (f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in arguments.items())
+    return f"{name}({', '.join(given)})"
 
 
 def run_call(functions: Functions, call: ToolCall) -> Any:
-    """Call the function and return what it gives; what it raises becomes the answer that the model gets."""
+    """Call the function and return what it gives. Raises Failure for whatever it raises; Ctrl-C comes through."""
     try:
         return functions[call.name](**call.arguments)
     except (Exception, SystemExit) as error:  # whatever the user's code raises
-        return {"error": f"{type(error).__name__}: {error}"}
+        raise Failure(f"{type(error).__name__}: {error}") from error

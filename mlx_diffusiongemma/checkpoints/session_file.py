@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..errors import CheckpointError, PromptError
+from ..files import Kind, check_place, write_file
 from ..processing.images import PreparedImage, PreparedVideo, image_of_patches
 from ..processing.messages import VideoPart, normalize_messages
 
@@ -33,13 +33,15 @@ IMAGE_KEY, VIDEO_KEY = "prepared image", "prepared video"  # the keys that stand
 Arrays = dict[str, mx.array]
 
 
-def write_session(path: str | Path, model: DiffusionGemma, conversation: dict[str, Any], cache: Cache) -> None:
+def write_session(
+    path: str | Path, model: DiffusionGemma, conversation: dict[str, Any], cache: Cache, *, force: bool = False
+) -> None:
     """Save a conversation and the keys and values of `cache`; the file appears when it is whole.
 
-    conversation: its system, thinking and messages: what JSON can hold, and prepared images and videos. Raises
-    PromptError where it cannot be written.
+    conversation: its system, thinking and messages: what JSON can hold, and prepared images and videos. force: replace
+    a file that is no saved session, too. Raises PromptError where it cannot be written.
     """
-    path = _checked(path)
+    path = check_place(_checked(path), SESSION, force=force)
     images: list[PreparedImage] = []
     try:
         text = json.dumps([conversation, cache.labels], default=lambda value: _picture_as_json(value, images))
@@ -51,17 +53,11 @@ def write_session(path: str | Path, model: DiffusionGemma, conversation: dict[st
         arrays[f"images.{number}.positions"] = mx.array(image.positions)
     metadata = {"kind": KIND, "version": VERSION, "model": fingerprint(model), "content": text}
     metadata["sha256"] = _checksum(arrays, text)
-    if not path.name:
-        raise PromptError(f"The conversation cannot be saved to {path}, which is a directory; give a file's path.")
-    part = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
-    try:
-        mx.save_safetensors(str(part), arrays, metadata)
-        part.replace(path)
-    except (OSError, RuntimeError) as error:
-        raise PromptError(f"The conversation cannot be saved to {path} ({error}); give another path.") from None
-    finally:
-        with suppress(OSError):  # what kept it from being written keeps it from being there
-            part.unlink(missing_ok=True)
+    with write_file(path, SESSION, force=force) as file:
+        try:
+            mx.save_safetensors(file, arrays, metadata)
+        except RuntimeError as error:  # of MLX, where the file is none that it can write
+            raise OSError(str(error)) from None
 
 
 def read_session(path: str | Path, model: DiffusionGemma) -> tuple[dict[str, Any], Cache]:
@@ -116,6 +112,20 @@ def _checked_conversation(conversation: dict[str, Any], arrays: Arrays, vision: 
     return {"system": system, "thinking": thinking, "messages": messages}
 
 
+def _is_session(path: Path) -> bool:
+    """Whether the file at `path` is a saved session as far as its header tells; what follows may be damaged."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(length) if length <= path.stat().st_size else b""
+    try:
+        return bool(json.loads(header)["__metadata__"]["kind"] == KIND)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+SESSION = Kind("a saved session", _is_session)
+
+
 def _checked(path: str | Path) -> Path:
     """Make sure that `path` can be one. Raises PromptError."""
     if not isinstance(path, str | os.PathLike) or "\0" in os.fspath(path):
@@ -138,7 +148,7 @@ def fingerprint(model: DiffusionGemma) -> str:
 
 def _read(path: Path) -> tuple[Arrays, dict[str, str]]:
     """Read the arrays, into memory, and the metadata of a safetensors file. Raises CheckpointError."""
-    from ..checkpoints.safetensors import read_header  # which looks closer than MLX's own reader
+    from .safetensors import read_header  # which looks closer than MLX's own reader
 
     try:
         read_header(path)
