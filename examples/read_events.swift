@@ -4,7 +4,7 @@
 import Foundation
 
 struct Event: Decodable {
-    let type: String  // prefill, draft, commit or done
+    let type: String  // prefill, draft, filled, commit or done
     let text: String?  // of a draft or a commit
     let step: Int?
     let max_steps: Int?

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         MissingBackendError,
         PromptError,
     )
-    from .events import Commit, Done, Draft, Event, Prefill, Reply, Result, Stats, ToolCall
+    from .events import Commit, Done, Draft, Event, Filled, Prefill, Reply, Result, Stats, ToolCall
     from .filling.choosing import choose
     from .filling.editing import Edited, edit
     from .filling.forms import Choice, Digits, Form, Text, fill
@@ -48,7 +48,7 @@ _HOMES = {
         "MissingBackendError",
         "PromptError",
     ),
-    "events": ("Commit", "Done", "Draft", "Event", "Prefill", "Reply", "Result", "Stats", "ToolCall"),
+    "events": ("Commit", "Done", "Draft", "Event", "Filled", "Prefill", "Reply", "Result", "Stats", "ToolCall"),
     "processing.processor": ("Processor", "Prompt"),
     "checkpoints.loading": ("load",),
     "generation.canvas": ("Canvas",),
@@ -80,6 +80,7 @@ __all__ = [
     "Draft",
     "Edited",
     "Event",
+    "Filled",
     "Form",
     "GenerationOptions",
     "Hole",

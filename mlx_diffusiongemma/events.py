@@ -136,7 +136,15 @@ class Done:
     seed: int | None = None
 
 
-Event = Prefill | Draft | Commit | Done
+@dataclass(frozen=True)
+class Filled:
+    """So many holes of the text's `total` have the tokens that they keep: `done`. Only what fills holes reports it."""
+
+    done: int
+    total: int
+
+
+Event = Prefill | Draft | Filled | Commit | Done
 
 
 @dataclass(frozen=True)

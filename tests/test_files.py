@@ -18,7 +18,8 @@ from mlx_diffusiongemma import ChatSession, PromptError, files, load
 from mlx_diffusiongemma.checkpoints.session_file import KIND, SESSION
 from mlx_diffusiongemma.commands import text_files
 from mlx_diffusiongemma.convert.writing.partial import write_json
-from mlx_diffusiongemma.display.pictures import GIF, SVG, animated_gif, write_svg
+from mlx_diffusiongemma.display.picture_files import GIF, SVG, write_svg
+from mlx_diffusiongemma.display.pictures import animated_gif
 from mlx_diffusiongemma.display.trace import TRACE, TraceWriter, read_trace
 from mlx_diffusiongemma.events import Commit, Draft, Prefill
 from mlx_diffusiongemma.files import Kind, check_place, write_file, write_whole
@@ -348,7 +349,7 @@ def test_what_edit_cannot_replace_is_said_before_the_model_is_loaded(tmp_path):
     path.write_text("one\n")
     path.chmod(0o400)
     os.mkfifo(tmp_path / "pipe")
-    for name, words in (("e.txt", "read-only"), ("-", "no file"), ("pipe", "no file"), (".", "directory")):
+    for name, words in (("e.txt", "read-only"), ("pipe", "no file"), (".", "directory")):
         done = mlx_dg("edit", name, "shorten", "--lines", "1", "--write", "--model", "/nowhere", cwd=tmp_path)
         assert (done.returncode, done.stdout) == (1, "") and words in done.stderr and done.stderr.count("\n") == 1
     assert path.read_text() == "one\n" and names(tmp_path) == ["e.txt", "pipe"]

@@ -91,7 +91,7 @@ def partial_path(out: Path) -> Path:
 
 
 def finished_bytes(out: Path) -> int:
-    """The bytes that a stopped conversion to `out` has finished or downloaded."""
+    """Count the bytes that a stopped conversion to `out` has finished or downloaded."""
     path = partial_path(out)
     record = _read_record(path)
     # Without a readable record nobody knows which of them are whole.

@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import mlx.core as mx
 
-# Activations of a canvas, and rows that each expert gets of it.
-ROWS, EXPERT_ROWS = 256, 16
+from .operations import Operation, Product, Storage
 
 
 @dataclass(frozen=True)
-class Ceilings:
-    """Floating-point operations per second; `copy` in bytes per second, read and written; `launch` in seconds."""
+class Machine:
+    """Whatever the model: a square matrix product, a copy that reads and writes, and the start of one operation."""
 
-    matmul: float
-    quantized: float  # 8 bits, [256, inputs] @ weight.T, as projections and the head compute it
-    quantized_plain: float  # 8 bits, [256, inputs] @ weight, as the soft embedding does
-    experts: float  # 4 bits, gathered, 16 rows for each expert
-    attention_256: float  # 256 queries of head_dim 256
-    attention_512: float
-    copy: float
-    launch: float
-
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self)
+    matrix_operations_per_second: float
+    copied_bytes_per_second: float
+    launch_seconds: float
 
 
 @dataclass(frozen=True)
@@ -35,96 +26,145 @@ class Sizes:
 
     width: int
     experts: int
-    keys: int
     copied: int  # bytes
     launches: int
     seconds: float
 
 
 # On a CPU: large enough for a rate, small enough for all of them to take seconds.
-GPU_SIZES = Sizes(width=4096, experts=128, keys=1280, copied=1 << 28, launches=2000, seconds=0.5)
-CPU_SIZES = Sizes(width=512, experts=4, keys=256, copied=1 << 26, launches=500, seconds=0.1)
+GPU_SIZES = Sizes(width=4096, experts=128, copied=1 << 28, launches=2000, seconds=0.2)
+CPU_SIZES = Sizes(width=512, experts=4, copied=1 << 26, launches=500, seconds=0.05)
+EXPERT_OUTPUTS = 1024
 
 
 def seconds_of(work: Callable[[], object], least: float) -> float:
     """The median time of `work`, which returns arrays: warmed up, then repeated for `least` seconds, thrice or more."""
+    times = _times(work, least)
+    return times[len(times) // 2]
+
+
+def _times(work: Callable[[], object], least: float) -> list[float]:
+    """Ascending."""
     mx.eval(work())
     times: list[float] = []
     while len(times) < 3 or sum(times) < least:
         started = time.perf_counter()
         mx.eval(work())
         times.append(time.perf_counter() - started)
-    return sorted(times)[len(times) // 2]
+    return sorted(times)
 
 
-def measure_ceilings(dtype: mx.Dtype, on_cpu: bool) -> Ceilings:
+class Ceilings:
+    """The best rates of operations, measured when they are asked for, since a machine's change from minute to minute.
+
+    best: of every operation so far, floating-point operations per second.
+    """
+
+    def __init__(self) -> None:
+        self.sizes = CPU_SIZES if mx.default_device() == mx.cpu else GPU_SIZES
+        self.best: dict[Operation, float] = {}
+
+    def around(
+        self, operations: Iterable[Operation], measure: Callable[[], float]
+    ) -> tuple[float, dict[Operation, float]]:
+        """Return what `measure` gives, and the operations' rates just before or after it, the higher one of each."""
+        works = {operation: _work(operation, self.sizes) for operation in operations}
+        before = {operation: self._rate(*work) for operation, work in works.items()}
+        measured = measure()
+        rates = {operation: max(before[operation], self._rate(*work)) for operation, work in works.items()}
+        for operation, rate in rates.items():
+            self.best[operation] = max(self.best.get(operation, 0.0), rate)
+        return measured, rates
+
+    def _rate(self, count: int, *ways: Callable[[], mx.array]) -> float:
+        return count / min(_times(way, self.sizes.seconds)[0] for way in ways)
+
+
+def measure_machine(dtype: mx.Dtype) -> Machine:
     """Measure the ceilings of this machine. dtype: of the activations, the model's own."""
-    sizes = CPU_SIZES if on_cpu else GPU_SIZES
-    return Ceilings(
-        matmul=_matmul(sizes, dtype),
-        quantized=_quantized(sizes, dtype, transpose=True),
-        quantized_plain=_quantized(sizes, dtype, transpose=False),
-        experts=_experts(sizes, dtype),
-        attention_256=_attention(sizes, dtype, 256),
-        attention_512=_attention(sizes, dtype, 512),
-        copy=_copy(sizes),
-        launch=_launch(sizes),
-    )
-
-
-def _matmul(sizes: Sizes, dtype: mx.Dtype) -> float:
+    sizes = CPU_SIZES if mx.default_device() == mx.cpu else GPU_SIZES
     a, b = _normal((sizes.width, sizes.width), dtype), _normal((sizes.width, sizes.width), dtype)
-    return 2 * sizes.width**3 / seconds_of(lambda: a @ b, sizes.seconds)
+    source, start = mx.zeros((sizes.copied // 4,), mx.float32), mx.zeros((1,))
+    mx.eval(source, start)
 
-
-def _quantized(sizes: Sizes, dtype: mx.Dtype, transpose: bool) -> float:
-    x = _normal((ROWS, sizes.width), dtype)
-    weight = mx.quantize(_normal((sizes.width, sizes.width), dtype), bits=8)
-    mx.eval(weight)
-    taken = seconds_of(lambda: mx.quantized_matmul(x, *weight, transpose=transpose, bits=8), sizes.seconds)
-    return 2 * ROWS * sizes.width**2 / taken
-
-
-def _experts(sizes: Sizes, dtype: mx.Dtype) -> float:
-    rows = EXPERT_ROWS * sizes.experts
-    x = _normal((rows, 1, sizes.width), dtype)
-    weight = mx.quantize(_normal((sizes.experts, 1024, sizes.width), dtype), bits=4)
-    chosen = mx.repeat(mx.arange(sizes.experts), EXPERT_ROWS)
-    mx.eval(weight, chosen)
-
-    def work() -> mx.array:
-        return mx.gather_qmm(x, *weight, rhs_indices=chosen, bits=4, sorted_indices=True)
-
-    return 2 * rows * sizes.width * 1024 / seconds_of(work, sizes.seconds)
-
-
-def _attention(sizes: Sizes, dtype: mx.Dtype, head_dim: int) -> float:
-    heads, kv_heads = 16, 8 if head_dim == 256 else 2
-    queries = _normal((1, heads, ROWS, head_dim), dtype)
-    keys, values = (_normal((1, kv_heads, sizes.keys, head_dim), dtype) for _ in range(2))
-
-    def work() -> mx.array:
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0)
-
-    return 4 * heads * ROWS * sizes.keys * head_dim / seconds_of(work, sizes.seconds)
-
-
-def _copy(sizes: Sizes) -> float:
-    source = mx.zeros((sizes.copied // 4,), mx.float32)
-    mx.eval(source)
-    return 2 * sizes.copied / seconds_of(lambda: source + 1, sizes.seconds)
-
-
-def _launch(sizes: Sizes) -> float:
-    start = mx.zeros((1,))
-
-    def work() -> mx.array:
+    def launches() -> mx.array:
         x = start
         for _ in range(sizes.launches):
             x = mx.abs(x)
         return x
 
-    return seconds_of(work, sizes.seconds) / sizes.launches
+    return Machine(
+        2 * sizes.width**3 / _times(lambda: a @ b, sizes.seconds)[0],
+        2 * sizes.copied / _times(lambda: source + 1, sizes.seconds)[0],
+        _times(launches, sizes.seconds)[0] / sizes.launches,
+    )
+
+
+def _work(operation: Operation, sizes: Sizes) -> tuple[int, *tuple[Callable[[], mx.array], ...]]:
+    """How many floating-point operations a measured one is, and the ways to compute it, of which the fastest counts."""
+    if not isinstance(operation, Product):
+        shape = (1, operation.heads, operation.rows, operation.head_dim)
+        queries = _normal(shape, operation.dtype)
+        shape = (1, operation.kv_heads, operation.keys, operation.head_dim)
+        keys, values = _normal(shape, operation.dtype), _normal(shape, operation.dtype)
+        count = 4 * operation.heads * operation.rows * operation.keys * operation.head_dim
+        return count, lambda: mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0)
+    if operation.rows_each:
+        return _experts(operation, sizes)
+    storage, width = operation.storage, sizes.width
+    outputs = 4 * width
+    count = 2 * operation.rows * width * outputs
+    x = _normal((operation.rows, width if operation.transposed else outputs), storage.dtype)
+    weight = _stored((outputs, width), storage)
+    if storage.bits is not None:
+        return count, lambda: mx.quantized_matmul(
+            x,
+            weight[0],
+            weight[1],
+            weight[2] if len(weight) > 2 else None,
+            transpose=operation.transposed,
+            group_size=storage.group_size,
+            bits=storage.bits,
+            mode=storage.mode,
+        )
+    if not operation.transposed:
+        return count, lambda: x @ weight[0]
+    # MLX multiplies by a transposed matrix in another way, which is slower on some CPUs.
+    turned = mx.contiguous(weight[0].T)
+    mx.eval(turned)
+    return count, lambda: x @ weight[0].T, lambda: x @ turned
+
+
+def _experts(operation: Product, sizes: Sizes) -> tuple[int, Callable[[], mx.array]]:
+    storage, each = operation.storage, operation.rows_each
+    x = _normal((each * sizes.experts, 1, sizes.width), storage.dtype)
+    weight = _stored((sizes.experts, EXPERT_OUTPUTS, sizes.width), storage)
+    chosen = mx.repeat(mx.arange(sizes.experts), each)
+    mx.eval(chosen)
+    count = 2 * each * sizes.experts * sizes.width * EXPERT_OUTPUTS
+    if storage.bits is None:
+        turned = weight[0].swapaxes(-1, -2)
+        return count, lambda: mx.gather_mm(x, turned, rhs_indices=chosen, sorted_indices=True)
+    return count, lambda: mx.gather_qmm(
+        x,
+        weight[0],
+        weight[1],
+        weight[2] if len(weight) > 2 else None,
+        rhs_indices=chosen,
+        group_size=storage.group_size,
+        bits=storage.bits,
+        mode=storage.mode,
+        sorted_indices=True,
+    )
+
+
+def _stored(shape: tuple[int, ...], storage: Storage) -> list[mx.array]:
+    """A matrix as the model stores its own: alone, or with its scales and biases."""
+    arrays = [_normal(shape, storage.dtype)]
+    if storage.bits is not None:
+        arrays = list(mx.quantize(arrays[0], storage.group_size, storage.bits, mode=storage.mode))
+    mx.eval(arrays)
+    return arrays
 
 
 def _normal(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:

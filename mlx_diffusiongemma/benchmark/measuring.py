@@ -21,6 +21,7 @@ import mlx.core as mx
 from ..checkpoints import accounting
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.hub import download_snapshot, is_repository
+from ..convert.plan import fitting_mac
 from ..convert.reading import remote
 from ..errors import CheckpointError
 from ..events import Commit, Done
@@ -31,7 +32,7 @@ from ..generation.request import request_options
 from ..generation.sampling import Draws
 from ..options import GenerationOptions
 from ..paths import user_path
-from .ceilings import Ceilings, measure_ceilings
+from . import ceilings
 from .step_profile import Component, measure_step
 
 if TYPE_CHECKING:
@@ -51,14 +52,14 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine that the measurements ran on. `load`: the operating system's at the start, where it says one."""
+    """The machine that ran the measurements. load_average: the operating system's at the start, where it says one."""
 
     chip: str
     system: str
     mlx: str
     device: str
-    memory: int
-    load: float | None
+    memory_bytes: int
+    load_average: float | None
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class NaturalStop:
     tokens: int
     seconds: float
     first_canvas_seconds: float
-    peak_memory: int
+    peak_memory_bytes: int
 
     @property
     def tokens_per_second(self) -> float:
@@ -105,7 +106,7 @@ class Autoregressive:
     model: str
     tokens: int
     seconds: float
-    peak_memory: int
+    peak_memory_bytes: int
 
     @property
     def tokens_per_second(self) -> float:
@@ -114,12 +115,16 @@ class Autoregressive:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything measured. Seconds, bytes, and operations or bytes per second."""
+    """Everything measured. ceilings: the best rate seen of each operation in a step, by name, in operations a second.
+
+    step_seconds: of a whole step, which is more than its components.
+    """
 
     machine: Machine
-    ceilings: Ceilings
-    canvas: int
-    prefix: int
+    best: ceilings.Machine
+    ceilings: dict[str, float]
+    canvas_tokens: int
+    prefix_tokens: int
     components: list[Component]
     step_seconds: float
     fixed: list[FixedWork]
@@ -130,11 +135,14 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON can hold it, with the rates that follow from the rest."""
         content = asdict(self)
-        for written, measured in zip(content["fixed"], self.fixed, strict=True):
+        content["machine"] |= content.pop("best")
+        content["ceilings_in_operations_per_second"] = content.pop("ceilings")
+        content["fixed_work"], content["natural_stop"] = content.pop("fixed"), content.pop("natural")
+        for written, measured in zip(content["fixed_work"], self.fixed, strict=True):
             written |= {"seconds_per_step": measured.seconds_per_step, "tokens_per_second": measured.tokens_per_second}
-        content["natural"] |= {
+        content["natural_stop"] |= {
             "tokens_per_second": self.natural.tokens_per_second,
-            "distribution": self.natural.distribution,
+            "canvases_by_steps": self.natural.distribution,
         }
         if self.against:
             content["against"]["tokens_per_second"] = self.against.tokens_per_second
@@ -158,14 +166,14 @@ def run_benchmark(
     told what is being measured.
     """
     machine = describe_machine()
-    log("ceilings of this machine")
-    ceilings = measure_ceilings(model.embed(mx.zeros((1,), mx.int32)).dtype, mx.default_device() == mx.cpu)
+    log("this machine at best")
+    best, measured = ceilings.measure_machine(model.dtype), ceilings.Ceilings()
     canvas = model.config.canvas_length
     prefix = min(PREFIX, model.config.text.max_position_embeddings - canvas)
     log(f"prefill of {prefix} tokens")
     cache, prefill_seconds = encode_prefix(model, prefix)
-    log("a step by component")
-    components, step_seconds = measure_step(model, cache, ceilings)
+    log("a step by component, each beside its ceilings")
+    components, step_seconds = measure_step(model, cache, measured)
     fixed = []
     for count in steps:
         log(f"{count} steps")
@@ -174,9 +182,10 @@ def run_benchmark(
     natural = measure_natural(model, processor, prompts, max_tokens)
     return Report(
         machine=machine,
-        ceilings=ceilings,
-        canvas=canvas,
-        prefix=prefix,
+        best=best,
+        ceilings={operation.name: rate for operation, rate in measured.best.items()},
+        canvas_tokens=canvas,
+        prefix_tokens=prefix,
         components=components,
         step_seconds=step_seconds,
         fixed=fixed,
@@ -186,7 +195,49 @@ def run_benchmark(
     )
 
 
-def plan_memory(source: str | Path, context: int = accounting.CONTEXT) -> accounting.Memory:
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The memory that a checkpoint needs after `context` tokens; most_context: how many the model was made for."""
+
+    memory: accounting.Memory
+    context: int
+    most_context: int
+
+    @property
+    def macs(self) -> str:
+        """The Macs that it fits, to answer prompts."""
+        return fitting_mac(self.memory.total)
+
+    @property
+    def macs_to_infill(self) -> str:
+        """The Macs that it fits with what infilling adds."""
+        return fitting_mac(self.memory.total + self.memory.rows)
+
+    @property
+    def warning(self) -> str:
+        """A sentence where the model cannot be given so much context, else empty."""
+        if self.context <= self.most_context:
+            return ""
+        return f"{self.context:,} tokens are beyond this model: {self.most_context:,} and a canvas fit its context."
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON can hold it."""
+        memory = self.memory
+        return {
+            "context_tokens": self.context,
+            "most_context_tokens": self.most_context,
+            "weights_bytes": memory.weights,
+            "keys_and_values_bytes": memory.cache,
+            "one_step_bytes": memory.step,
+            "total_bytes": memory.total,
+            "more_for_a_kept_conversation_bytes": memory.snapshot,
+            "more_for_infilling_bytes": memory.rows,
+            "macs": self.macs,
+            "macs_to_infill": self.macs_to_infill,
+        }
+
+
+def plan_memory(source: str | Path, context: int | None = None) -> MemoryPlan:
     """The memory that a converted checkpoint, a directory or a repository, needs to run after `context` tokens.
 
     From its shapes alone: of a repository only the small files and the headers of the large ones are read.
@@ -197,7 +248,11 @@ def plan_memory(source: str | Path, context: int = accounting.CONTEXT) -> accoun
         checkpoint = Checkpoint.in_directory(directory, remote.remote_headers(str(source), directory.name))
     else:
         checkpoint = Checkpoint.open(source)
-    return accounting.memory_needed(checkpoint.config, checkpoint.nbytes, context, checkpoint.item)
+    config = checkpoint.config
+    most = config.text.max_position_embeddings - config.canvas_length
+    context = min(accounting.CONTEXT, most) if context is None else context
+    memory = accounting.memory_needed(config, checkpoint.nbytes, context, checkpoint.item)
+    return MemoryPlan(memory, context, most)
 
 
 def describe_machine() -> Machine:
@@ -207,8 +262,8 @@ def describe_machine() -> Machine:
         system=f"{platform.system()} {platform.mac_ver()[0] or platform.release()}",
         mlx=metadata.version("mlx"),
         device="GPU" if mx.default_device() == mx.gpu else "CPU",
-        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        load=os.getloadavg()[0],
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        load_average=os.getloadavg()[0],
     )
 
 

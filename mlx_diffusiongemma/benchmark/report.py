@@ -6,8 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..checkpoints.accounting import CONTEXT, Memory
-from .measuring import Report
+from .measuring import MemoryPlan, Report
 
 BAR = 24  # cells of the longest bar
 EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -24,9 +23,10 @@ def render(report: Report) -> Group:
     return Group(*parts)
 
 
-def render_plan(memory: Memory, context: int = CONTEXT) -> Table:
-    """Render the memory that running needs: weights, keys and values, one step; then what some uses add."""
-    table = Table(title=f"Memory with {context:,} tokens of context", title_justify="left")
+def render_plan(plan: MemoryPlan) -> Group:
+    """Render what running needs: weights, keys and values, one step; what some uses add; and which Macs have it."""
+    memory = plan.memory
+    table = Table(title=f"Memory with {plan.context:,} tokens of context", title_justify="left")
     table.add_column("part")
     table.add_column("GB", justify="right")
     table.add_column("")
@@ -35,9 +35,12 @@ def render_plan(memory: Memory, context: int = CONTEXT) -> Table:
     table.add_section()
     table.add_row("in all", f"{memory.total / 1e9:.3f}", "")
     table.add_section()
-    table.add_row("beside it, a chat's way back", f"{memory.snapshot / 1e9:.3f}", "")
-    table.add_row("beside it, infilling", f"{memory.rows / 1e9:.3f}", "")
-    return table
+    table.add_row("more in a chat, to undo a turn", f"{memory.snapshot / 1e9:.3f}", "")
+    table.add_row("more while infilling", f"{memory.rows / 1e9:.3f}", "")
+    texts = [Text(f"To answer: {plan.macs}.")]
+    if plan.macs_to_infill != plan.macs:
+        texts.append(Text(f"To infill: {plan.macs_to_infill}."))
+    return Group(table, *texts)
 
 
 def bar(share: float) -> str:
@@ -48,43 +51,37 @@ def bar(share: float) -> str:
 
 def _machine(report: Report) -> Text:
     machine = report.machine
-    text = Text(f"{machine.chip}, {machine.memory / 2**30:.0f} GiB, {machine.system}, mlx {machine.mlx}")
+    text = Text(f"{machine.chip}, {machine.memory_bytes / 2**30:.0f} GiB, {machine.system}, mlx {machine.mlx}")
     if machine.device == "CPU":
         text.append("\nMeasured on the CPU: these numbers say nothing about a GPU.", style="bold")
     return text
 
 
 def _ceilings(report: Report) -> Table:
-    ceilings = report.ceilings
+    best = report.best
     table = Table(title="This machine at best", title_justify="left")
     table.add_column("operation")
     table.add_column("rate", justify="right")
-    for name, rate in (
-        ("matrix product", ceilings.matmul),
-        ("8-bit product, 256 rows", ceilings.quantized),
-        ("8-bit product, 256 rows, not transposed", ceilings.quantized_plain),
-        ("4-bit experts, 16 rows each", ceilings.experts),
-        ("attention, head_dim 256", ceilings.attention_256),
-        ("attention, head_dim 512", ceilings.attention_512),
-    ):
+    for name, rate in (("square matrix product", best.matrix_operations_per_second), *report.ceilings.items()):
         table.add_row(name, f"{rate / 1e9:,.{0 if rate > 1e10 else 2}f} GFLOP/s")
-    table.add_row("copy", f"{ceilings.copy / 1e9:,.1f} GB/s")
-    table.add_row("launch", f"{ceilings.launch * 1e6:.1f} µs")
+    table.add_row("copy", f"{best.copied_bytes_per_second / 1e9:,.1f} GB/s")
+    table.add_row("launch", f"{best.launch_seconds * 1e6:.1f} µs")
     return table
 
 
 def _components(report: Report) -> Table:
-    title = f"One step: {report.canvas} tokens after {report.prefix:,}"
+    title = f"One step: {report.canvas_tokens} tokens after {report.prefix_tokens:,}"
     table = Table(title=title, title_justify="left")
     table.add_column("component")
     table.add_column("ms", justify="right")
     table.add_column("share of the step")
     table.add_column("of the ceiling", justify="right")
     for part in report.components:
-        reached = "" if part.ceiling is None else f"{part.ceiling:.0%}"
-        table.add_row(part.name, f"{part.seconds * 1e3:.1f}", bar(part.seconds / report.step_seconds), reached)
+        share = bar(part.seconds / report.step_seconds)
+        table.add_row(part.name, f"{part.seconds * 1e3:.1f}", share, f"{part.share_of_ceiling:.0%}")
     rest = report.step_seconds - sum(part.seconds for part in report.components)
-    table.add_row("norms, sums, the rest", f"{rest * 1e3:.1f}", bar(rest / report.step_seconds), "")
+    if rest > 0:
+        table.add_row("norms, sums, the rest", f"{rest * 1e3:.1f}", bar(rest / report.step_seconds), "")
     table.add_section()
     table.add_row("a whole step", f"{report.step_seconds * 1e3:.1f}", "", "")
     return table
@@ -110,10 +107,10 @@ def _speed(report: Report) -> Table:
     )
     if report.against:
         rival = report.against
-        note = f"autoregressive, peak {rival.peak_memory / 1e9:.2f} GB"
+        note = f"autoregressive, peak {rival.peak_memory_bytes / 1e9:.2f} GB"
         table.add_row(rival.model, f"{rival.tokens_per_second:.1f}", "", note)
-    table.add_row("prefill", f"{report.prefill_tokens_per_second:.1f}", "", f"{report.prefix:,} tokens")
-    first, peak = natural.first_canvas_seconds, natural.peak_memory / 1e9
+    table.add_row("prefill", f"{report.prefill_tokens_per_second:.1f}", "", f"{report.prefix_tokens:,} tokens")
+    first, peak = natural.first_canvas_seconds, natural.peak_memory_bytes / 1e9
     table.add_section()
     table.add_row("first canvas", "", "", f"after {first:.2f} s (median)")
     table.add_row("peak memory", "", "", f"{peak:.2f} GB")

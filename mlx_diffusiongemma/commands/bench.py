@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -23,10 +22,19 @@ def bench(
         str | None,
         typer.Option("--against", metavar="NAME", help="An autoregressive model for mlx-lm to run beside it."),
     ] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Only what running needs, from shapes alone.")] = False,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Only the memory that running needs and the Macs that fit, from shapes alone."),
+    ] = False,
     context: Annotated[
-        int, typer.Option("--context", metavar="N", parser=whole(1), help="Tokens of context for --plan.")
-    ] = 8192,
+        int | None,
+        typer.Option(
+            "--context",
+            metavar="N",
+            parser=whole(1),
+            help="Tokens of context for --plan; else 8192, or the most for the model.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Measure this machine's ceilings, then where a denoising step's time goes and how fast replies come."""
@@ -36,12 +44,18 @@ def bench(
     from ..benchmark.report import render, render_plan
     from ..checkpoints.hub import is_repository
 
+    if context and not plan:
+        raise typer.BadParameter("--context is for --plan; give that too")
+    if against and plan:
+        raise typer.BadParameter("--against is measured, and --plan measures nothing; leave out one of them")
     if plan:
-        memory = plan_memory(named_model(model), context)
+        needs = plan_memory(named_model(model), context)
         if as_json:
-            typer.echo(json.dumps(asdict(memory)))
+            typer.echo(json.dumps(needs.to_dict()))
         else:
-            Console().print(render_plan(memory, context))
+            Console().print(render_plan(needs))
+        if needs.warning:
+            typer.echo(f"mlx-dg: {needs.warning}", err=True)
         return
     counts = _counts(steps)
     rival = None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from typer.core import TyperCommand
 from ..errors import PromptError
 
 if TYPE_CHECKING:
+    from ..events import Event, Result
     from ..model.diffusion_gemma import DiffusionGemma
     from ..options import GenerationOptions
     from ..processing.processor import Processor
@@ -125,6 +127,10 @@ System = Annotated[
 Thinking = Annotated[bool, typer.Option("--thinking", help="Let the model think first.")]
 LiveCanvas = Annotated[bool | None, typer.Option("--canvas/--no-canvas", help="Draw the canvas while it denoises.")]
 Heat = Annotated[bool, typer.Option("--heat", help="Colour drafted tokens by their entropy.")]
+Trace = Annotated[
+    Path | None, typer.Option("--trace", metavar="FILE", help="Record every step in this file (see replay).")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON event a line instead.")]
 
 
 def _answered(name: str) -> Callable[[str | None], None]:
@@ -245,3 +251,54 @@ def default_model() -> str:
         return str(newest)
     typer.echo(f"Using {READY_MADE}, which is downloaded once", err=True)
     return READY_MADE
+
+
+def check_watching(as_json: bool, live: bool | None, heat: bool) -> None:
+    """Raises a usage error where one of these options leaves nothing for another to do."""
+    if as_json and (heat or live):
+        raise typer.BadParameter("--json prints events and draws nothing; leave out --canvas and --heat")
+    if heat and live is False:
+        raise typer.BadParameter("--heat colours the canvas, which --no-canvas leaves out")
+
+
+@contextmanager
+def watched(
+    *,
+    live: bool | None,
+    heat: bool,
+    trace: Path | None,
+    force: bool,
+    as_json: bool,
+    options: GenerationOptions,
+    title: str,
+    passing: bool,
+) -> Iterator[Callable[[Event], object]]:
+    """Make what to call with every event: it is recorded in `trace`, under `title`, and printed or drawn (see `View`).
+
+    force: replace a file that is no trace, too.
+    """
+    from ..display.terminal import View
+    from ..display.trace import TraceWriter, event_json
+
+    with ExitStack() as stack:
+        takers: list[Callable[[Event], object]] = []
+        if trace:
+            takers.append(stack.enter_context(TraceWriter(trace, title=title, force=force)).write)
+        if as_json:
+            takers.append(lambda event: typer.echo(event_json(event)))
+        else:
+            takers.append(stack.enter_context(View(live=live, heat=heat, options=options, passing=passing)))
+
+        def take(event: Event) -> None:
+            for taker in takers:
+                taker(event)
+
+        yield take
+
+
+def say_cost(result: Result) -> None:
+    """Say what the request cost, on stderr."""
+    from ..display.terminal import statistics_line
+
+    sys.stdout.flush()  # on a terminal, the answer comes first
+    typer.echo(statistics_line(result.stats), err=True)

@@ -2,58 +2,83 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated
 
 import typer
 
-from ..errors import PromptError
-from .common import Model, Seed, Steps, load_model, number
-from .text_files import check_replaceable, read_text, replace_text, write_out
+from .common import (
+    AsJson,
+    Heat,
+    LiveCanvas,
+    Model,
+    Seed,
+    Steps,
+    Trace,
+    check_watching,
+    load_model,
+    number,
+    say_cost,
+    watched,
+)
+from .text_files import check_replaceable, line_span, read_text, replace_text, write_out
 
 
 def edit(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A UTF-8 text file.")],
+    file: Annotated[str, typer.Argument(metavar="FILE|-", help="A UTF-8 text file; - reads stdin.")],
     instruction: Annotated[str, typer.Argument(metavar="INSTRUCTION", help="What to do with the lines.")],
-    lines: Annotated[str, typer.Option("--lines", metavar="FIRST:LAST", help="The lines to rewrite, from 1.")],
+    lines: Annotated[
+        str,
+        typer.Option("--lines", metavar="FIRST:LAST", help="The lines to rewrite, from 1: 10:20, 10:, :20 or 10."),
+    ],
     strength: Annotated[
         float,
         typer.Option("--strength", metavar="X", parser=number(0, 1), help="0 keeps the lines, 1 starts from noise."),
     ] = 0.7,
-    write: Annotated[bool, typer.Option("--write", help="Replace the file; else only the diff is printed.")] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="Replace FILE as well; else only the diff is printed.")
+    ] = False,
     model: Model = None,
     steps: Steps = None,
     seed: Seed = None,
+    live: LiveCanvas = None,
+    heat: Heat = False,
+    trace: Trace = None,
+    force: Annotated[bool, typer.Option("--force", help="Let --trace replace a file that is no trace.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Rewrite some lines of a file and print the change as a unified diff."""
     from .. import GenerationOptions
     from .. import edit as edit_text
     from ..filling.editing import unified_diff
 
+    check_watching(as_json, live, heat)
+    if force and not trace:
+        raise typer.BadParameter("--force is about the file of --trace, which is not given.")
+    if file == "-" and write:
+        raise typer.BadParameter("--write replaces FILE, and standard input is no file; name one, or use the diff")
+    if not instruction.strip():
+        raise typer.BadParameter("the instruction is empty; say what to do with the lines", param_hint="INSTRUCTION")
     if write:
         check_replaceable(file)
     text = read_text(file)
-    span = _span(text, lines)
+    span = line_span(text, lines)
     options = GenerationOptions(max_steps=steps, seed=seed)
-    result = edit_text(*load_model(model), text, span, instruction, strength, options)
-    write_out(unified_diff(text, result.text, file.lstrip("/")))
+    loaded, processor = load_model(model)
+    with watched(
+        live=live,
+        heat=heat,
+        trace=trace,
+        force=force,
+        as_json=as_json,
+        options=options.filled_from(loaded.options),
+        title=instruction,
+        passing=True,  # the answer is the diff
+    ) as watch:
+        result = edit_text(loaded, processor, text, span, instruction, strength, options, on_event=watch)
+    if not as_json:
+        write_out(unified_diff(text, result.text, "stdin" if file == "-" else file.lstrip("/")))
     if write and result.text != text:
         replace_text(file, text, result.text)
-
-
-def _span(text: str, lines: str) -> tuple[int, int]:
-    """The characters of the given lines, without the last one's end. Raises PromptError."""
-    found = re.fullmatch(r"(\d+)(?::(\d+))?", lines)
-    if not found:
-        raise PromptError(f"--lines is {lines!r}; give the first and the last line as in 10:20.")
-    first, last = int(found[1]), int(found[2] or found[1])
-    starts = [0, *(place.end() for place in re.finditer("\n", text))]
-    count = len(starts) - (starts[-1] == len(text))
-    if not 1 <= first <= last <= count:
-        raise PromptError(f"Lines {first}:{last} do not lie in the text, which has {count}; give two of those.")
-    stop = starts[last] - 1 if last < len(starts) else len(text)
-    if text[starts[first - 1] : stop].endswith("\r"):
-        stop -= 1
-    if stop == starts[first - 1]:
-        raise PromptError(f"Lines {first}:{last} are empty; give lines with something to edit.")
-    return starts[first - 1], stop
+    say_cost(result)
+    if result.text == text:
+        typer.echo("The lines came back as they were; raise --strength, or ask for something else.", err=True)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable
+from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from ..events import Commit, Done, Draft, Event, Prefill, Stats
+from ..events import Commit, Done, Draft, Event, Filled, PartKind, Prefill, Stats
 from .cells import Row, Span, break_rows, printable
 
 if TYPE_CHECKING:
@@ -31,27 +33,21 @@ def show(
 ) -> Done:
     """Play `events` to the end: the reply's text goes to stdout as it is committed, all else to stderr.
 
-    live: draw the canvas in place below the text; None: where stdout and stderr are both terminals and NO_COLOR is not
-    set. Otherwise a terminal on stderr gets one line of progress, and anything else nothing. heat: colour tokens by
-    their entropy. options: what the request runs with; lets the temperature be shown. On a terminal, the reply ends
-    with a line break.
+    live, heat, options: see `View`. On a terminal, the reply ends with a line break.
     """
-    if live is None:
-        live = _can_draw(sys.stdout) and _can_draw(sys.stderr) and not os.environ.get("NO_COLOR")
-    view = _View(sys.stdout, sys.stderr, live=live, heat=heat, options=options)
-    done = Done("cancelled", Stats())
-    try:
+    with View(live=live, heat=heat, options=options) as view:
         for event in events:
-            view.take(event)
-            if isinstance(event, Done):
-                done = event
-    finally:
-        view.close()
-    return done
+            view(event)
+    return view.done
 
 
-def statistics_line(stats: Stats) -> str:
-    """Say what a request cost, in one line for people."""
+def statistics_line(stats: Stats, columns: int | None = None) -> str:
+    """Say what a request cost: in one line, or as many as it takes in so many columns, broken between its parts.
+
+    columns: None is the width of the terminal on stderr, where there is one.
+    """
+    if columns is None:
+        columns = _size(sys.stderr)[0] if sys.stderr.isatty() else sys.maxsize
     prompt = f"prompt {_count(stats.prompt_tokens, 'token')}"
     if stats.cached_tokens:
         prompt += f" ({stats.cached_tokens} cached)"
@@ -65,7 +61,14 @@ def statistics_line(stats: Stats) -> str:
     if stats.peak_memory_bytes:
         gigabytes = stats.peak_memory_bytes / 1e9
         parts.append(f"peak {gigabytes:.1f} GB" if gigabytes >= 1 else f"peak {gigabytes * 1000:.0f} MB")
-    return " · ".join(parts)
+    lines = [""]
+    for part in parts:
+        joined = f"{lines[-1]} · {part}" if lines[-1] else part
+        if len(joined) <= columns:
+            lines[-1] = joined
+        else:
+            lines += textwrap.wrap(part, columns)
+    return "\n".join(lines).lstrip("\n")
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:
@@ -78,41 +81,75 @@ def _rate(per_second: float) -> str:
     return f", {per_second:.0f} tok/s" if per_second >= 100 else f", {per_second:.1f} tok/s"
 
 
+def _size(stream: TextIO) -> tuple[int, int]:
+    """Columns and lines of the terminal that `stream` writes to; of a usual one where it does not say."""
+    try:
+        columns, lines = os.get_terminal_size(stream.fileno())
+    except OSError:
+        columns, lines = 0, 0
+    return max(columns or 80, 2), max(lines or 24, 2)
+
+
 def _can_draw(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def draft_spans(draft: Draft, style: Callable[[bool, float], str]) -> list[Span]:
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(round(seconds), 1)} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def draft_spans(draft: Draft, style: Callable[[PartKind, bool, float], str]) -> list[Span]:
     """A draft for `break_rows`, thoughts and calls too.
 
-    style: names one, from whether a token is accepted and its entropy in nats.
+    style: names one, from the kind of part that a token belongs to, whether it is accepted and its entropy in nats.
     """
     if not draft.pieces:
-        return [(style(True, 0.0), printable(draft.text))]
+        return [(style("text", True, 0.0), printable(draft.text))]
     spans: list[Span] = []
+    ends = [len(text) for _, text in draft.parts]
+    part, read = 0, 0  # of the parts, and of the characters of this one
     for piece, accepted, entropy in zip(draft.pieces, draft.accepted, draft.entropy, strict=True):
-        wanted, text = style(accepted, entropy), printable(piece)
+        while part + 1 < len(ends) and read >= ends[part]:
+            read, part = read - ends[part], part + 1
+        read += len(piece)
+        kind = draft.parts[part][0] if draft.parts else "text"
+        wanted, text = style(kind, accepted, entropy), printable(piece)
         if spans and spans[-1][0] == wanted:
             text = spans.pop()[1] + text
         spans.append((wanted, text))
     return spans
 
 
-class _View:
-    """The part of the screen that changes: the reply's unfinished last line, the draft that continues it, a status."""
+class View:
+    """A generation as it is seen: the reply's unfinished last line, the draft that continues it, and a status line.
+
+    It is called with every event, and used in a `with` statement, which leaves the screen clean whatever happens.
+
+    live: draw the canvas in place below the text; None: where stdout and stderr are both terminals and NO_COLOR is not
+    set. Otherwise a terminal on stderr gets one line of progress, and anything else nothing. heat: colour tokens by
+    their entropy. options: what the request runs with; lets the temperature be shown. passing: the text is shown only
+    while it is made; stdout, which need not be a terminal then, gets nothing.
+    """
 
     def __init__(
         self,
-        out: TextIO,
-        err: TextIO,
         *,
-        live: bool,
-        heat: bool,
-        options: GenerationOptions | None,
+        live: bool | None = None,
+        heat: bool = False,
+        options: GenerationOptions | None = None,
+        passing: bool = False,
     ):
-        self.out, self.live, self.heat, self.options = out, live, heat, options
+        self.out, err = sys.stdout, sys.stderr
+        if live is None:
+            live = _can_draw(err) and (passing or _can_draw(self.out)) and not os.environ.get("NO_COLOR")
+        self.live, self.heat, self.options, self.passing = live, heat, options, passing
+        self.done = Done("cancelled", Stats())  # until the request says how it ended
         self.region = _Region(err) if live or _can_draw(err) else None
-        self.tame = out.isatty()  # a terminal obeys control characters; a file gets the reply as it is
+        # A terminal obeys control characters; a file gets the reply as it is.
+        self.tame = passing or self.out.isatty()
         self.line = ""  # of the reply: not on stdout yet, so that the region can be drawn below what is
         self.at_line_start = True
         self.draft: Draft | None = None
@@ -120,8 +157,16 @@ class _View:
         self.steps = 0  # of the canvases before this one
         self.drawn_at = -math.inf
         self.behind = False
+        self.filled: Filled | None = None
+        self.filled_at = self.filling_since = 0.0
 
-    def take(self, event: Event) -> None:
+    def __enter__(self) -> View:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+    def __call__(self, event: Event) -> None:
         """Show an event."""
         match event:
             case Prefill(done, total):
@@ -131,6 +176,10 @@ class _View:
                 self.draft = event
                 self.status = self._progress(event)
                 self._refresh()
+            case Filled():
+                self.filled_at = time.monotonic()
+                self.filling_since = self.filled_at if event.done == 0 else self.filling_since
+                self.filled = event
             case Commit():
                 if self.behind:
                     self._draw()
@@ -141,13 +190,15 @@ class _View:
                     self._draw()
                 elif self.region:  # the reader of the pipe may write to the same terminal: leave it alone
                     self.region.release()
+            case Done():
+                self.done = event
 
     def close(self) -> None:
         """Leave nothing but the reply on the screen, and the cursor on a new line."""
         if self.region:
             self.region.erase()
         try:
-            self._print(self.line)
+            self._print("" if self.passing else self.line)
             if self.tame and not self.at_line_start:
                 self._print("\n")
         finally:  # stdout may be gone
@@ -157,9 +208,9 @@ class _View:
     def _write(self, text: str) -> None:
         self.line += printable(text) if self.tame else text
         whole = self.line.rfind("\n") + 1 if self.region and self.tame else len(self.line)
-        if whole and self.region:
+        if whole and self.region and not self.passing:
             self.region.erase()
-        self._print(self.line[:whole])
+        self._print("" if self.passing else self.line[:whole])
         self.line = self.line[whole:]
 
     def _print(self, text: str) -> None:
@@ -190,12 +241,12 @@ class _View:
             return [line]
         return [line, *draft_spans(self.draft, self._style)]
 
-    def _style(self, accepted: bool, entropy: float) -> str:
+    def _style(self, kind: PartKind, accepted: bool, entropy: float) -> str:
         warmth = next(style for limit, style in HEAT if entropy <= limit) if self.heat else ""
         return warmth if accepted else NOISE + warmth
 
     def _progress(self, draft: Draft) -> list[str]:
-        parts = [f"canvas {draft.canvas + 1}", f"step {draft.step}/{draft.max_steps}"]
+        parts = [*self._holes(), f"canvas {draft.canvas + 1}", f"step {draft.step}/{draft.max_steps}"]
         parts.append(f"entropy {draft.mean_entropy:.3f}")
         if self.options and self.options.t_min is not None and self.options.t_max is not None:
             from ..generation.sampling import temperature
@@ -204,6 +255,17 @@ class _View:
             parts.append(f"temperature {value:.2f}")
         if self.steps:
             parts.append(f"{self.steps + draft.step} steps so far")
+        return parts
+
+    def _holes(self) -> list[str]:
+        """How many holes are filled, and how long the others take if they go as these; nothing for a single one."""
+        if self.filled is None or self.filled.total < 2:
+            return []
+        parts = [f"{self.filled.done}/{self.filled.total} holes"]
+        if self.filled.done:
+            each = (self.filled_at - self.filling_since) / self.filled.done
+            left = each * (self.filled.total - self.filled.done) - (time.monotonic() - self.filled_at)
+            parts.append(f"about {_duration(left)} left")
         return parts
 
 
@@ -226,6 +288,9 @@ class _Region:
 
     The cursor stays at the end of the last row, and is hidden only within a frame: whatever ends the process, it is
     there. Automatic wrapping is off within a frame, so that a character wider than expected cannot shift the rows.
+
+    A terminal that becomes smaller wraps the rows and pushes the top ones out, beyond reach; where it becomes larger
+    again, most bring them back. So those pushed out are remembered, to be erased when they return.
     """
 
     BEGIN, END = "\x1b[?2026h\x1b[?25l", "\x1b[?25h\x1b[?2026l"
@@ -235,15 +300,12 @@ class _Region:
     def __init__(self, stream: TextIO):
         self.stream = stream
         self.rows: list[Row] = []
+        self.pushed_out: list[Row] = []  # above them, and above the screen, whose top they begin at then
         self.columns = 0
 
     def size(self) -> tuple[int, int]:
         """Columns and lines of the terminal."""
-        try:
-            columns, lines = os.get_terminal_size(self.stream.fileno())
-        except OSError:
-            columns, lines = 80, 24
-        return max(columns, 2), max(lines, 2)
+        return _size(self.stream)
 
     def draw(self, rows: list[Row]) -> None:
         """Replace what is there."""
@@ -257,7 +319,7 @@ class _Region:
             return
         # Erasing a whole screen makes tmux keep it in its history; from the second column on, it is not a whole one.
         self._send(self.BEGIN + self._to_top() + self.ERASE_ROW + "\x1b[C" + self.ERASE_BELOW + "\r")
-        self.rows = []
+        self.rows, self.pushed_out = [], []  # what is written next may scroll: later, other rows would return
 
     def release(self) -> None:
         """Let the screen show what it holds, with the cursor on it."""
@@ -265,10 +327,11 @@ class _Region:
 
     def _to_top(self) -> str:
         columns, lines = self.size()
-        height = len(self.rows)
+        rows = self.pushed_out + self.rows
         if columns < self.columns:  # the terminal has wrapped the rows since
-            height = sum(len(break_rows([("", row.text)], columns)) or 1 for row in self.rows)
-        up = min(height, lines) - 1
+            rows = [part for row in rows for part in break_rows([("", row.text)], columns) or [row]]
+        self.pushed_out = rows[: max(len(rows) - lines, 0)]
+        up = min(len(rows), lines) - 1
         return f"\r\x1b[{up}A" if up > 0 else "\r"
 
     def _send(self, text: str) -> None:

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import PromptError
-from ..events import Commit, Done, Draft, Event, Part, Prefill, Stats, ToolCall
+from ..events import Commit, Done, Draft, Event, Filled, Part, Prefill, Stats, ToolCall
 from ..files import Kind, explained, open_file
 from .terminal import show
 
@@ -22,14 +22,15 @@ USUAL_PAUSE = 0.1  # where the file holds no times
 
 @dataclass(frozen=True)
 class Traced:
-    """An event, and when it came, in seconds after the first."""
+    """An event, and when it came, in seconds after the first. title: what was asked, on the first one, if known."""
 
     event: Event
     seconds: float
+    title: str = ""
 
 
 def event_json(event: Event) -> str:
-    """An event as one line of JSON, with its kind in `type`: prefill, draft, commit or done."""
+    """An event as one line of JSON, with its kind in `type`: prefill, draft, filled, commit or done."""
     return _line(_fields(event))
 
 
@@ -38,11 +39,12 @@ class TraceWriter:
 
     Whatever ends the request, Ctrl-C too, the events until then are a trace that can be replayed; a request without
     one leaves no file. Nothing takes the file's place where writing fails. force: replace a file that is no trace, too.
+    title: what was asked, for whoever looks at it later; kept with the first event.
     Raises PromptError where the file cannot be written; that is known before the first event.
     """
 
-    def __init__(self, path: str | Path, *, force: bool = False):
-        self.path = path
+    def __init__(self, path: str | Path, title: str = "", *, force: bool = False):
+        self.path, self.title = path, title
         self.started: float | None = None
         self._whole = open_file(path, TRACE, force=force)
         self._written = 0  # bytes of whole lines
@@ -51,6 +53,8 @@ class TraceWriter:
         now = time.monotonic()
         self.started = now if self.started is None else self.started
         content = _fields(event) | {"time": round(now - self.started, 4)}
+        if self.title:
+            content, self.title = content | {"title": self.title}, ""
         line = (_line(content) + "\n").encode()
         try:
             with explained(self.path, TRACE):
@@ -102,7 +106,7 @@ def read_trace(path: str | Path) -> list[Traced]:
         try:
             content = json.loads(line)
             seconds = float(content.get("time", USUAL_PAUSE * len(trace)))
-            trace.append(Traced(_event(content), seconds))
+            trace.append(Traced(_event(content), seconds, str(content.get("title", ""))))
         except (AttributeError, KeyError, TypeError, ValueError):
             raise PromptError(
                 f"{path} is not a trace: line {number} holds no event; give a file that `--trace` wrote."
@@ -168,6 +172,8 @@ def _event(content: dict[str, Any]) -> Event:
             return Prefill(int(content["done"]), int(content["total"]))
         case "draft":
             return _draft(content)
+        case "filled":
+            return Filled(int(content["done"]), int(content["total"]))
         case "commit":
             tokens = [int(token) for token in content["tokens"]]
             calls = [

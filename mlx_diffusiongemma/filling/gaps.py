@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -40,6 +40,8 @@ class Gap:
 
 
 Segment = list[int] | Gap
+# Of a text: as it stands, or what the tokens of a gap read as, and what stands there while it is open (None).
+Piece = str | Callable[[list[int] | None], str]
 
 
 class GappedCanvas(NamedTuple):

@@ -15,13 +15,13 @@ import mlx.core as mx
 from ..checkpoints.accounting import rows_after
 from ..checkpoints.memory import PeakMemory
 from ..errors import PromptError
-from ..events import Commit, Done, Draft, Event, FinishReason, Prefill, Stats
+from ..events import Commit, Done, Draft, Event, Filled, FinishReason, Prefill, Stats
 from ..generation.denoising import Denoising, Job, Step
 from ..generation.prefix import encode_prompt
 from ..generation.sampling import Draws
 from ..model.budgets import TOGETHER
 from .denoisers import InParts, Restricted
-from .gaps import Gap, GappedCanvas, Segment, given_tokens, lay_out, least_room, longest_gap, most_tokens
+from .gaps import Gap, GappedCanvas, Piece, Segment, given_tokens, lay_out, least_room, longest_gap, most_tokens
 from .scoring import Cancelled, Probe, log_probabilities, noise_canvases, reply_opening
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ EVERY = 32  # combinations of several gaps' fillings, up to which all are tried
 NEIGHBOURS = 4  # tokens after a gap that tell best whether its length is right
 
 Choices = tuple[int, ...]  # for each gap on a canvas, which of its fillings
-# Of a text: as it stands, or what the tokens of a gap read as, and what stands there while it is open (None).
-Piece = str | Callable[[list[int] | None], str]
 
 NOTHING: tuple[int, list[int], int] = (0, [], 0)  # of a commit: its canvas, tokens and steps
 
@@ -62,8 +60,8 @@ class GapFiller:
     pieces: the text that all this makes.
     replies: an empty thought comes first where the model begins its replies with one.
     at_once: the text counts only when every gap is filled; else what precedes the first open gap is certain.
-    on_event: is called with `Prefill`s, then `Draft`s of the most certain try and `Commit`s of the text that became
-    certain, then `Done`. Joined, the commits are `text`.
+    on_event: is called with `Prefill`s, then `Draft`s of the most certain try, a `Filled` as gaps are decided and
+    `Commit`s of the text that became certain, then `Done`. Joined, the commits are `text`.
     The request's `max_tokens` bounds all gaps together. Cancelled, the gaps of the canvas at work stay open.
     Raises PromptError where a gap is longer than `longest_gap` allows, or everything than the context.
     """
@@ -92,6 +90,7 @@ class GapFiller:
         self.noise = noise_canvases(self.options.seed, 1, self.length, self.vocabulary)[0]
         self.cache = model.make_cache(snapshot_bytes=0) if request.cache is None else request.cache
         self.encoded = 0  # tokens of the reply in the cache
+        self.gaps = sum(isinstance(segment, Gap) for segment in segments)
         self.filled: list[list[int]] = []  # tokens of each gap
         self.attempts: list[Attempt] = []
         self.steps: list[int] = []  # of each canvas
@@ -135,6 +134,7 @@ class GapFiller:
             with nullcontext() if kept is None else kept.reserved():
                 self._read_prompt()
                 prefilled = time.perf_counter()
+                self.report(Filled(0, self.gaps))
                 self._commit(*NOTHING)
                 self._fill()
                 finish()
@@ -300,13 +300,16 @@ class GapFiller:
 
         every = [range(len(own)) for own in sizes]
         if math.prod(map(len, every)) <= EVERY:
-            return self._try(window, lead, list(filter(fits, itertools.product(*every))))[1]
+            canvas = self._try(window, lead, list(filter(fits, itertools.product(*every))))[1]
+            self.report(Filled(len(self.filled) + len(gaps), self.gaps))
+            return canvas
         best = tuple(own.index(max(own)) for own in sizes)
         if not fits(best):
             best = tuple(own.index(min(own)) for own in sizes)
         for number, own in enumerate(every):
             varied = [(*best[:number], choice, *best[number + 1 :]) for choice in own]
             best, canvas = self._try(window, lead, list(filter(fits, varied)))
+            self.report(Filled(len(self.filled) + number + 1, self.gaps))
         return canvas
 
     def _try(self, window: list[Segment], lead: int, combinations: list[Choices]) -> tuple[Choices, GappedCanvas]:

@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(checkpoint):
-    tiny = ceilings.Sizes(width=64, experts=2, keys=64, copied=1 << 16, launches=20, seconds=0.0)
+    tiny = ceilings.Sizes(width=64, experts=2, copied=1 << 16, launches=20, seconds=0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ceilings, "CPU_SIZES", tiny)
         patch.setattr(measuring, "PREFIX", 64)
@@ -53,16 +53,77 @@ def test_every_component_is_measured_against_a_ceiling(report):
         operations.EXPERTS,
         operations.VOCABULARY,
     ]
-    assert all(part.seconds > 0 and part.operations > 0 and part.ceiling > 0 for part in report.components)
-    assert all(rate > 0 for rate in report.ceilings.to_dict().values())
+    assert all(part.seconds > 0 and part.operations > 0 for part in report.components)
+    assert all(0 < part.share_of_ceiling <= 1 for part in report.components)
+    assert all(rate > 0 for rate in [*report.ceilings.values(), *vars(report.best).values()])
+    assert any(name.startswith("float32 experts") for name in report.ceilings)
+    assert not any("bit" in name for name in report.ceilings)  # nothing is quantized here
+
+
+def test_every_product_has_the_ceiling_of_its_own_format(tmp_path):
+    """Experts at 4 bits, the rest at 8 but one projection at 6 and one that is not quantized."""
+    overrides = {"layers.0.self_attn.q_proj": "6", "layers.1.self_attn.q_proj": "none"}
+    out = convert_checkpoint(DEMO, tmp_path / "mixed", bits=4, overrides=overrides).out
+    model, _ = load(out)
+    counted = operations.step_operations(model, 64)
+    names = {part: {operation.name.partition(" product")[0] for operation in own} for part, own in counted.items()}
+    assert {"6-bit (group size 64)", "bfloat16"} <= names[operations.SLIDING_ATTENTION]
+    assert any(name.startswith("4-bit (group size 64) experts") for name in names[operations.EXPERTS])
+    rows, text = model.config.canvas_length, model.config.text
+    head = 2 * rows * text.hidden_size * text.vocab_size
+    assert list(counted[operations.VOCABULARY].values()) == [head, head]
+    dense = 2 * rows * 3 * text.hidden_size * text.intermediate_size * len(text.layers)
+    assert sum(counted[operations.DENSE].values()) == dense
+    experts = 3 * 2 * rows * text.top_k_experts * text.hidden_size * text.moe_intermediate_size * len(text.layers)
+    routing = 2 * rows * text.hidden_size * text.num_experts * len(text.layers)
+    assert sum(counted[operations.EXPERTS].values()) == experts + routing
+
+
+@pytest.mark.parametrize(
+    "storage",
+    [
+        operations.Storage(mx.float32),
+        operations.Storage(mx.bfloat16, 3, 32, "affine"),
+        operations.Storage(mx.bfloat16, 4, 32, "mxfp4"),
+        operations.Storage(mx.bfloat16, 8, 32, "mxfp8"),
+        operations.Storage(mx.float32, 4, 16, "nvfp4"),
+    ],
+)
+def test_every_format_can_be_measured_around_something(monkeypatch, storage):
+    tiny = ceilings.Sizes(width=64, experts=2, copied=1 << 16, launches=20, seconds=0.0)
+    monkeypatch.setattr(ceilings, "CPU_SIZES", tiny)
+    monkeypatch.setattr(ceilings, "GPU_SIZES", tiny)
+    asked = [
+        operations.Product(storage, 16),
+        operations.Product(storage, 16, transposed=False),
+        operations.Product(storage, 16, rows_each=2),
+    ]
+    measured = ceilings.Ceilings()
+    value, rates = measured.around(asked, lambda: 7.0)
+    assert value == 7.0 and rates == measured.best and list(rates) == asked and min(rates.values()) > 0
+
+
+def test_a_ceiling_is_measured_before_and_after(monkeypatch):
+    order, rates = [], iter([5.0, 3.0, 2.0])
+
+    def rate(self, *work):
+        order.append("ceiling")
+        return next(rates)
+
+    monkeypatch.setattr(ceilings.Ceilings, "_rate", rate)
+    monkeypatch.setattr(ceilings, "_work", lambda operation, sizes: ())
+    asked = [operations.Product(operations.Storage(mx.float32), 16)]
+    measured = ceilings.Ceilings()
+    assert measured.around(asked, lambda: order.append("component")) == (None, {asked[0]: 5.0})
+    assert order == ["ceiling", "component", "ceiling"]
 
 
 def test_fixed_work_and_natural_stop(report):
     assert [work.steps for work in report.fixed] == [1, 2]
-    assert all(work.tokens == report.canvas and work.tokens_per_second > 0 for work in report.fixed)
+    assert all(work.tokens == report.canvas_tokens and work.tokens_per_second > 0 for work in report.fixed)
     assert sum(steps * count for steps, count in report.natural.distribution.items()) == sum(report.natural.steps)
     assert report.natural.first_canvas_seconds > 0
-    assert report.natural.tokens > 0 and report.natural.peak_memory > 0
+    assert report.natural.tokens > 0 and report.natural.peak_memory_bytes > 0
 
 
 def write_llama(directory: Path) -> Path:
@@ -88,7 +149,7 @@ def write_llama(directory: Path) -> Path:
 
 def test_an_autoregressive_model_beside_it(report, tmp_path):
     rival = measuring.measure_autoregressive(str(write_llama(tmp_path / "llama")), ["sort 53142"], max_tokens=5)
-    assert 0 < rival.tokens <= 5 and rival.tokens_per_second > 0 and rival.peak_memory > 0
+    assert 0 < rival.tokens <= 5 and rival.tokens_per_second > 0 and rival.peak_memory_bytes > 0
     compared = replace(report, against=rival)
     assert compared.to_dict()["against"]["tokens_per_second"] == pytest.approx(rival.tokens_per_second)
     assert f"as {rival.model} through mlx-lm" in text_of(render(compared)).replace("\n", " ")
@@ -110,22 +171,36 @@ def test_a_rival_that_cannot_run(name, damaged, tmp_path):
 
 def test_as_json_and_as_a_table(report):
     content = json.loads(json.dumps(report.to_dict()))
-    assert content["machine"].keys() >= {"chip", "system", "mlx", "device"}
-    assert content["natural"]["tokens_per_second"] == pytest.approx(report.natural.tokens_per_second)
+    assert content["machine"].keys() >= {"chip", "system", "mlx", "device", "memory_bytes", "launch_seconds"}
+    assert content["natural_stop"]["tokens_per_second"] == pytest.approx(report.natural.tokens_per_second)
     shown = text_of(render(report))
     assert all(part.name in shown for part in report.components)
     assert ("Measured on the CPU" in shown) == (report.machine.device == "CPU")
 
 
 def test_the_plan_of_a_checkpoint_needs_no_weights(checkpoint, tmp_path):
-    memory = measuring.plan_memory(checkpoint, context=1000)
+    plan = measuring.plan_memory(checkpoint, context=1000)
+    memory = plan.memory
     size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     assert size * 0.9 < memory.weights <= size
     model, _ = load(checkpoint)
     cache = model.make_cache()
     model.encode(mx.zeros((1, 1000), mx.int32), cache)
     assert memory.cache == cache.nbytes  # float32, twice what bfloat16 takes
-    assert f"{memory.total / 1e9:.3f}" in text_of(render_plan(memory, 1000))
+    shown = text_of(render_plan(plan))
+    assert f"{memory.total / 1e9:.3f}" in shown and "fits Macs from 8 GB" in shown and not plan.warning
+    content = plan.to_dict()
+    parts = ("weights_bytes", "keys_and_values_bytes", "one_step_bytes")
+    assert content["total_bytes"] == sum(content[part] for part in parts) == memory.total
+    assert content["macs"] == plan.macs
+
+
+def test_a_plan_beyond_the_models_context_says_so(checkpoint):
+    config = load(checkpoint)[0].config
+    most = config.text.max_position_embeddings - config.canvas_length
+    assert measuring.plan_memory(checkpoint).context == most  # of 8,192
+    assert measuring.plan_memory(checkpoint, most).warning == ""
+    assert f"{most:,}" in measuring.plan_memory(checkpoint, most + 1).warning
 
 
 def test_bars():

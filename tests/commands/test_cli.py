@@ -285,6 +285,24 @@ def test_a_recorded_generation_is_replayed_and_drawn(demo_float32, tmp_path):
     drawn = run("replay", trace, "--svg", pictures[0], "--entropy", pictures[1], "--gif", pictures[2])
     assert drawn.returncode == 0 and all(picture.stat().st_size > 1000 for picture in pictures)
     assert run("replay", tmp_path / "nothing").returncode == 1
+    hot = run("replay", trace, "--heat", "--title", "sort", "-o", tmp_path / "hot.svg")
+    assert hot.stdout == f"{tmp_path / 'hot.svg'}\n" and "heat0" in (tmp_path / "hot.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-o", "x.png"],
+        ["-o", "x.svg", "--svg", "y.svg"],
+        ["--labels"],
+        ["--title", "x"],
+        ["--entropy", "x.svg", "--heat"],
+        ["--gif", "x.gif", "--no-canvas"],
+        ["--heat", "--no-canvas"],
+    ],
+)
+def test_replay_says_which_option_has_nothing_to_change(tmp_path, arguments):
+    assert run("replay", "trace", *arguments, cwd=tmp_path).returncode == 2 and not list(tmp_path.iterdir())
 
 
 def test_check_says_what_is_wrong(demo_4bit, tmp_path):

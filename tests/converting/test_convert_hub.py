@@ -104,8 +104,8 @@ def test_a_file_that_arrives_damaged_is_refused(server, tmp_path):
         server,
         tmp_path / "out",
         """
-honest = remote.remote_files
-remote.remote_files = lambda *asked: {name: (size, "0" * 64) for name, (size, _) in honest(*asked).items()}
+honest = conversion.remote_files
+conversion.remote_files = lambda *asked: {name: (size, "0" * 64) for name, (size, _) in honest(*asked).items()}
 try:
     convert_checkpoint("google/tiny", out, stream=True)
 except CheckpointError as error:

@@ -7,18 +7,21 @@ import pytest
 
 from mlx_diffusiongemma.display import terminal
 from mlx_diffusiongemma.display.cells import Row, break_rows, clusters, printable
-from mlx_diffusiongemma.display.terminal import show, statistics_line
-from mlx_diffusiongemma.events import Commit, Done, Draft, Prefill, Stats
+from mlx_diffusiongemma.display.terminal import View, show, statistics_line
+from mlx_diffusiongemma.events import Commit, Done, Draft, Filled, Prefill, Stats
 
 
 class Screen:
-    """A terminal's cells, with wrapping, scrolling, and rows that are wrapped again when it becomes narrower."""
+    """A terminal's cells, with wrapping, scrolling, and rows that are wrapped again when it becomes narrower.
+
+    Rows for which it becomes too low go out of sight at the top, and come back when it becomes taller.
+    """
 
     SEQUENCE = re.compile(r"\x1b\[(\??)(\d*)([A-Za-z])")
 
     def __init__(self, columns=40, lines=12):
         self.columns, self.lines = columns, lines
-        self.rows, self.history = [[]], []
+        self.rows, self.history, self.gives_back = [[]], [], True
         self.x = self.y = 0
         self.modes = {"7": True, "25": True, "2026": False}
         self.styled = []  # characters written while a style was set
@@ -82,7 +85,9 @@ class Screen:
             self.history.append(self.rows.pop(0))
             self.y -= 1
 
-    def resize(self, columns):
+    def resize(self, columns, lines=None):
+        grown = (lines or self.lines) - self.lines
+        self.lines = lines or self.lines
         rows, cursor = [], 0
         for number, row in enumerate(self.rows):
             parts = [row[at : at + columns] for at in range(0, len(row), columns)] or [[]]
@@ -93,6 +98,10 @@ class Screen:
         while len(self.rows) > self.lines:
             self.history.append(self.rows.pop(0))
             self.y -= 1
+        back = min(max(grown, 0), len(self.history)) if self.gives_back else 0
+        self.rows[:0] = self.history[len(self.history) - back :]
+        del self.history[len(self.history) - back :]
+        self.y += back
 
     @property
     def text(self):
@@ -193,6 +202,13 @@ def test_a_draft_continues_the_unfinished_line_and_nothing_else_stays(screen):
     assert screen.out.text == "A line.\nAn unfinished line.\n"
 
 
+def test_a_terminal_that_does_not_say_its_size_is_a_usual_one(screen, monkeypatch):
+    monkeypatch.setattr(terminal.os, "get_terminal_size", lambda _: (0, 0))
+    screen.columns = 80
+    show([draft("text")])
+    assert "canvas 1 · step 1/48 · entropy 0.000" in screen.err.text
+
+
 def test_every_frame_is_one_write_with_the_cursor_shown_after_it(screen):
     def events():
         for step in range(1, 6):
@@ -258,6 +274,64 @@ def test_a_resize_between_frames_leaves_nothing_behind(screen, sizes):
 
     show(events())
     assert screen.text == ["Committed.", "Unfinished line.", ""]
+
+
+@pytest.mark.parametrize("gives_back", [True, False])
+@pytest.mark.parametrize("sizes", [[(20, 6), (40, 24)], [(40, 5), (40, 9), (80, 24)], [(15, 12), (60, 7), (60, 30)]])
+def test_rows_that_a_small_terminal_pushed_out_do_not_come_back_to_stay(screen, sizes, gives_back):
+    screen.columns, screen.lines, screen.gives_back = 40, 24, gives_back
+
+    def events():
+        yield commit("Committed.\nUnfinished ")
+        for step, size in enumerate([(40, 24), *sizes, *sizes], start=1):
+            screen.resize(*size)
+            yield draft(f"draft{step} " + "word " * 50, canvas=1, step=step)
+            shown = "\n".join(screen.text)
+            assert set(re.findall(r"draft(\d+)", shown)) <= {str(step)} and shown.count("canvas") == 1
+        yield commit("line.")
+
+    show(events())
+    assert screen.text[-2:] == ["Unfinished line.", ""]
+    assert "Committed." in [*("".join(row).rstrip() for row in screen.history), *screen.text]
+
+
+def test_holes_are_counted_and_the_time_left_is_told(screen, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    screen.columns = 80
+    with View() as view:
+        view(Filled(0, 40))
+        view(draft("x"))
+        assert screen.text[-1].startswith("0/40 holes · canvas 1 · step 1/48")
+        clock[0] = 30.0
+        view(Filled(3, 40))
+        view(draft("x", step=2))
+        assert screen.text[-1].startswith("3/40 holes · about 6 min left · canvas 1")
+        clock[0] = 100.0
+        view(draft("x", step=3))
+        assert screen.text[-1].startswith("3/40 holes · about 5 min left · canvas 1")
+        view(Filled(40, 40))
+        view(DONE)
+    assert view.done == DONE
+    with View() as view:
+        view(Filled(0, 1))
+        view(draft("x"))
+        assert screen.text[-1].startswith("canvas 1 ·")
+
+
+def test_a_passing_view_writes_no_text_and_leaves_nothing(screen, monkeypatch):
+    out, _ = use(monkeypatch, Stream(), Stream(screen))
+    with View(passing=True) as view:
+        view(commit("many\nlines \x1b[2J before "))
+        view(draft("the span"))
+        assert screen.text[:2] == ["lines ␛[2J before the span", "canvas 1 · step 1/48 · entropy 0.000"[:39]]
+        view(commit("the span\nand after"))
+        view(DONE)
+    assert (out.text, screen.text) == ("", [""])
+    with pytest.raises(KeyboardInterrupt), View(passing=True) as view:
+        view(draft("lost"))
+        raise KeyboardInterrupt
+    assert (out.text, screen.text, screen.modes["25"]) == ("", [""], True)
 
 
 def test_a_view_taller_than_the_terminal_never_scrolls_its_own_rows_away(screen):
@@ -400,3 +474,18 @@ def test_rows_break_at_line_ends_and_where_they_are_full():
 )
 def test_statistics_line(stats, line):
     assert statistics_line(stats) == line
+
+
+@pytest.mark.parametrize("columns", [40, 24, 12])
+def test_the_statistics_break_between_their_parts(columns):
+    stats = Stats(17, 10, 41, [4, 3], 2, 0.08, 0.465, 15_200_000_000)
+    lines = statistics_line(stats, columns).split("\n")
+    assert max(map(len, lines)) <= columns and all(lines)
+    assert " ".join(lines).replace(" · ", " ") == statistics_line(stats).replace(" · ", " ")
+    if columns == 40:
+        assert lines[1:] == ["41 tokens, 88.2 tok/s", "2 canvases, 3.5 steps each · 2 retries", "peak 15.2 GB"]
+
+
+def test_the_statistics_keep_to_the_terminal(screen):
+    screen.columns = 30
+    assert max(map(len, statistics_line(Stats(17, 10, 41, [4, 3])).split("\n"))) <= 30

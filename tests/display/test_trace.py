@@ -8,7 +8,7 @@ import pytest
 from mlx_diffusiongemma.display import trace
 from mlx_diffusiongemma.display.trace import TraceWriter, event_json, read_trace, replay
 from mlx_diffusiongemma.errors import PromptError
-from mlx_diffusiongemma.events import Commit, Done, Draft, Prefill, Stats, ToolCall
+from mlx_diffusiongemma.events import Commit, Done, Draft, Filled, Prefill, Stats, ToolCall
 
 STATS = Stats(17, 0, 4, [2], 0, 0.1, 0.5, 15_000_000_000)
 EVENTS = [
@@ -33,6 +33,18 @@ def test_a_trace_reads_back_as_it_was(tmp_path):
     assert [traced.event for traced in read] == [EVENTS[0], rounded, *EVENTS[2:]]
     assert [traced.seconds for traced in read] == sorted(traced.seconds for traced in read)
     assert read[0].seconds == 0
+
+
+def test_a_trace_keeps_what_was_asked_with_its_first_event(tmp_path):
+    with TraceWriter(tmp_path / "trace", title="Why?") as writer:
+        list(writer.watch(EVENTS))
+    assert [traced.title for traced in read_trace(tmp_path / "trace")] == ["Why?", *[""] * (len(EVENTS) - 1)]
+
+
+def test_holes_filled_are_an_event_of_a_trace(tmp_path):
+    path = written(tmp_path / "trace", [Filled(3, 40)])
+    assert json.loads(path.read_text())["type"] == "filled"
+    assert read_trace(path)[0].event == Filled(3, 40)
 
 
 def test_what_json_prints_reads_as_a_trace(tmp_path):
