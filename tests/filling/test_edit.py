@@ -131,7 +131,7 @@ def test_strength_0_prints_nothing(demo_float32, tmp_path):
         (b"one\ntwo", "0:1", "which has 2"),
         (b"one\ntwo", "2:1", "which has 2"),
         (b"one\ntwo", "a:b", "10:20"),
-        (b"\n\n", "1:1", "are empty"),
+        (b"\n\n", "1:1", "nothing to edit"),
         (b"", "1:1", "which has 0"),
         (b"\xff\n", "1:1", "not UTF-8"),
     ],
