@@ -13,6 +13,7 @@ from random_models import config_json, random_model
 from mlx_diffusiongemma.benchmark.operations import EXPERTS, step_operations
 from mlx_diffusiongemma.checkpoints import accounting
 from mlx_diffusiongemma.config import FULL, SLIDING, ModelConfig
+from mlx_diffusiongemma.model.diffusion_gemma import DiffusionGemma
 
 CANVAS = 16
 BYTES = {"U32": 4, "BF16": 2, "F32": 4}
@@ -43,9 +44,10 @@ def test_a_snapshot_is_what_the_sliding_layers_hold():
 
 def test_the_operations_of_a_true_step():
     """2,532 GFLOP, of which the experts are 731: counted by hand for a canvas of 256 after 1,024 tokens."""
-    operations = step_operations(ModelConfig.from_dict(true_config()), 1024)
+    model = DiffusionGemma(ModelConfig.from_dict(true_config()))  # its arrays are never computed
+    operations = step_operations(model, 1024)
     assert sum(sum(kinds.values()) for kinds in operations.values()) == pytest.approx(2532e9, rel=1e-3)
-    assert operations[EXPERTS]["experts"] == pytest.approx(731e9, rel=1e-3)
+    assert max(operations[EXPERTS].values()) == pytest.approx(731e9, rel=1e-3)  # beside the router
 
 
 SHAPES = {
