@@ -114,7 +114,7 @@ class Reader:
 
     def _fill(self, entry: Entry, offset: int, values: np.ndarray) -> None:
         descriptor, data = self.files.open(entry.file)
-        view, position = memoryview(values).cast("B"), data + entry.begin + offset
+        view, position = values.data.cast("B"), data + entry.begin + offset
         while view:
             got = os.preadv(descriptor, [view], position)
             if got == 0:

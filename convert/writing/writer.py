@@ -131,4 +131,4 @@ def _one_ahead(slabs: Iterable[Arrays]) -> Iterator[Arrays]:
 
 
 def _as_bytes(array: mx.array) -> memoryview:
-    return memoryview(np.array(array.flatten().view(mx.uint8), copy=False)).cast("B")
+    return np.array(array.flatten().view(mx.uint8), copy=False).data.cast("B")

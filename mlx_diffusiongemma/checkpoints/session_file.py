@@ -166,7 +166,7 @@ def _checksum(arrays: Arrays, text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for name, array in sorted(arrays.items()):
         digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-        digest.update(np.array(array.reshape(-1).view(mx.uint8)))
+        digest.update(np.array(array.reshape(-1).view(mx.uint8)).data)
     return digest.hexdigest()
 
 
