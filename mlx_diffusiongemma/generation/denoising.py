@@ -160,9 +160,9 @@ class Denoising:
         goes_on = min(numbers) < options.max_steps
         keys = sampling.draw_keys([job.draws for job in jobs], numbers, sampling.SAMPLE) if goes_on else None
         if self.reader is None:
-            tokens, sample, entropy, soft = self.model.read_vocabulary(hidden, temperature, keys)
+            tokens, sample, entropy, soft, _ = self.model.read_vocabulary(hidden, temperature, keys)
         else:
-            tokens, sample, entropy, soft = self.reader.read(hidden, temperature, keys, jobs)
+            tokens, sample, entropy, soft, _ = self.reader.read(hidden, temperature, keys, jobs)
         pinned, start = state.pinned, state.start
         if pinned is not None:
             tokens = mx.where(pinned, start, tokens)
