@@ -12,7 +12,7 @@ import typer
 
 from ..convert import RECIPES
 from ..paths import user_path
-from .common import OFFICIAL, announce_download, notice, one_of
+from .common import OFFICIAL, Yes, announce_download, notice, one_of, say
 
 BUILT_IN = "default"  # calibration prompts
 EPILOG = "Recipes, with their size for the published model: " + "\n\n".join(
@@ -87,7 +87,7 @@ def convert(
     restart: Annotated[
         bool, typer.Option("--restart", help="Delete what a stopped conversion to OUT has finished.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Download without asking.")] = False,
+    yes: Yes = False,
     hf_path: Annotated[
         str | None, typer.Option("--hf-path", metavar="SOURCE", help="mlx-lm's spelling of SOURCE.")
     ] = None,
@@ -146,15 +146,15 @@ def convert(
     beside = {out.absolute().parent: plan.file_bytes + further}
     announce_download(source, revision, WHOLE, yes=yes, beside=beside, kept=not stream)
     with _progress("converting") as progress, _kept(out):
-        report = convert_checkpoint(source, out, **settings, **how, progress=progress, tell=_say)
+        report = convert_checkpoint(source, out, **settings, **how, progress=progress, tell=say)
     remember(out, notice)
-    _say(report.render())
+    say(report.render())
     if prompts:
-        _say(measure(out, source, prompts, revision=revision, stream=stream).render())
+        say(measure(out, source, prompts, revision=revision, stream=stream).render())
     if upload:
-        _say(upload_checkpoint(out, upload, force=force))
+        say(upload_checkpoint(out, upload, force=force))
     typer.echo(out)
-    _say(f'Next: mlx-dg generate --model {shlex.quote(str(out))} "Why is the sky blue?"')
+    say(f'Next: mlx-dg generate --model {shlex.quote(str(out))} "Why is the sky blue?"')
 
 
 def _chosen_bits(q4: bool, q8: bool, bits: int | None, dequantize: bool, quantize: bool) -> int | str | None:
@@ -206,12 +206,8 @@ def _kept(out: Path) -> Iterator[None]:
     except (KeyboardInterrupt, Interrupted):
         done = finished_bytes(user_path(out))
         if done:
-            _say(f"{amount(done)} are finished in {partial_path(out)}; the same command goes on from there.")
+            say(f"{amount(done)} are finished in {partial_path(out)}; the same command goes on from there.")
         raise
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
 
 
 @contextmanager
