@@ -145,7 +145,7 @@ def convert(
         return
     beside = {out.absolute().parent: plan.file_bytes + further}
     announce_download(source, revision, WHOLE, yes=yes, beside=beside, kept=not stream)
-    with _progress("converting") as progress, _kept(out):
+    with _kept(out), _progress("converting") as progress:
         report = convert_checkpoint(source, out, **settings, **how, progress=progress, tell=say)
     remember(out, notice)
     say(report.render())
@@ -216,19 +216,26 @@ def _progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
 
     The numbers come first and keep their width; the bar and the tensor's name share what the terminal has beside them.
     """
-    from rich.console import Console
+    from rich.console import Console, RenderableType
+    from rich.constrain import Constrain
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Column
+
+    console = Console(stderr=True)
+
+    class Line(Progress):
+        def get_renderable(self) -> RenderableType:
+            """Leave room for the ^C that a terminal writes after the line: wrapped, it would leave the line there."""
+            return Constrain(super().get_renderable(), console.width - len("^C") - 1)
 
     columns = (
         TextColumn(what, table_column=Column(no_wrap=True)),
         DownloadColumn(table_column=Column(no_wrap=True)),
         TimeRemainingColumn(table_column=Column(no_wrap=True)),
         BarColumn(None, table_column=Column(ratio=1)),
-        TextColumn("[dim]{task.fields[at]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=2)),
+        TextColumn("[dim]{task.fields[at]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=3)),
     )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal, expand=True) as bar:
+    with Line(*columns, console=console, transient=True, disable=not console.is_terminal, expand=True) as bar:
         task = bar.add_task(what, total=None, at="")
         yield lambda done, total, name: bar.update(
             task, completed=done, total=total, at=name.removeprefix("model.").removeprefix("decoder.")
