@@ -242,7 +242,7 @@ def announce_download(
     if not count:
         return
     size = f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-    typer.echo(f"To download: up to {size} of {source}", err=True)
+    say(f"To download: up to {size} of {source}")
     if kept:
         check_room(count, beside or {})
     asked = count >= MUCH and not yes and sys.stdin.isatty() and sys.stderr.isatty()

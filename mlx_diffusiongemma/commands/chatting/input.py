@@ -120,26 +120,6 @@ def _read_line(question: str) -> str:
 
 
 @contextmanager
-def unechoed() -> Iterator[None]:
-    """Keep what is typed meanwhile off the screen, whose rows it would shift; whatever reads next gets it."""
-    try:
-        import termios
-    except ImportError:  # Windows has none
-        yield
-        return
-    if not at_terminal():
-        yield
-        return
-    before = termios.tcgetattr(sys.stdin)
-    quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
-    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
-
-
-@contextmanager
 def interrupts(cancel: threading.Event) -> Iterator[None]:
     """Let Ctrl-C set `cancel` meanwhile; a second one interrupts at once."""
 

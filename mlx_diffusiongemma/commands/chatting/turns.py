@@ -11,7 +11,7 @@ import typer
 from ...errors import PromptError
 from ..common import end_line, say
 from ..keeping.shown import shortened
-from .input import answer_reader, at_terminal, interrupts, unechoed
+from .input import answer_reader, at_terminal, interrupts
 from .tools import Failure, Functions, run_call, written
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Turns:
 
         cancel = threading.Event()
         options = self.session.options.filled_from(self.session.model.options)
-        with interrupts(cancel), unechoed():
+        with interrupts(cancel):
             done = show(send(cancel), live=self.live, heat=self.heat, options=options)
         if done.finish_reason == "cancelled":
             return done
