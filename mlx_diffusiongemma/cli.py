@@ -127,33 +127,45 @@ def _ending_cleanly() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def _in_sentences() -> Iterator[None]:
+    """Turn what a user can do something about into one sentence and an exit code."""
+    try:
+        yield
+    except DiffusionGemmaError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except _Ended as ended:
+        sys.stdout = None  # there may be nobody to write to any more
+        with suppress(OSError):
+            notice(signal.strsignal(ended.number) or "ended")
+        raise typer.Exit(128 + ended.number) from None
+    except BrokenPipeError:
+        # Whoever read the answer has seen enough; the interpreter must not complain about it either.
+        sys.stdout = None
+        raise typer.Exit(0) from None
+    except OSError as error:
+        if error.filename is None:  # what cannot be written cannot be written at the exit either
+            sys.stdout = None
+        _fail(_sentence(error), 1)
+
+
 class _Verbs(TyperGroup):
-    """Turns what a user can do something about into one sentence and an exit code."""
+    """The verbs, whose errors are printed, not raised."""
+
+    def make_context(self, *given: Any, **named: Any) -> Any:
+        """Read the options before the verb, of which some print and exit."""
+        with _in_sentences():
+            return super().make_context(*given, **named)
 
     def invoke(self, context: Any) -> Any:
-        """Run a verb; its errors are printed, not raised."""
-        try:
+        """Run a verb."""
+        with _in_sentences():
             with _ending_cleanly():
                 result = super().invoke(context)
             sys.stdout.flush()
             return result
-        except DiffusionGemmaError as error:
-            _fail(str(error), 1)
-        except KeyboardInterrupt:
-            _fail("interrupted", 130)
-        except _Ended as ended:
-            sys.stdout = None  # there may be nobody to write to any more
-            with suppress(OSError):
-                notice(signal.strsignal(ended.number) or "ended")
-            raise typer.Exit(128 + ended.number) from None
-        except BrokenPipeError:
-            # Whoever read the answer has seen enough; the interpreter must not complain about it either.
-            sys.stdout = None
-            raise typer.Exit(0) from None
-        except OSError as error:
-            if error.filename is None:  # what cannot be written cannot be written at the exit either
-                sys.stdout = None
-            _fail(_sentence(error), 1)
 
 
 def _fail(sentence: str, code: int) -> None:

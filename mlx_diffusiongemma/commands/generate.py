@@ -147,14 +147,13 @@ def generate(
                 typer.echo(event_json(event))
         else:
             done = show(events, live=live, heat=heat, options=options.filled_from(loaded.options))
+    if not as_json:
+        end_line()
+        say_cost(done)
+        if done.note:
+            notice(done.note)
     if not raw:
         keeper.keep([*images, *videos])
-    if as_json:
-        return
-    end_line()
-    say_cost(done)
-    if done.note:
-        notice(done.note)
 
 
 def _prompt_text(prompt: str | None) -> str:

@@ -1,4 +1,4 @@
-"""What is typed while something is drawn."""
+"""Typing while something is drawn."""
 
 from __future__ import annotations
 

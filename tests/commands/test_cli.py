@@ -157,8 +157,9 @@ def test_a_number_that_cannot_be_is_answered_under_the_option_typed(arguments, s
     assert "input" not in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_full_disk_is_answered_with_what_helps(demo_float32):
-    command = f"{COMMAND[0]} generate 'sort 312' --model {demo_float32} > /dev/full"
+@pytest.mark.parametrize("arguments", ["generate 'sort 312' --model MODEL", "--help", "--version", "generate --help"])
+def test_a_full_disk_is_answered_with_what_helps(demo_float32, arguments):
+    command = f"{COMMAND[0]} {arguments.replace('MODEL', str(demo_float32))} > /dev/full"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (

@@ -37,6 +37,13 @@ def ask(demo_float32):
     return ask
 
 
+@pytest.fixture
+def place() -> Path:
+    """The directory of conversations, when the first one was kept long ago."""
+    directory().mkdir(parents=True)
+    return directory()
+
+
 @pytest.fixture(scope="module")
 def demo(demo_float32):
     return load(demo_float32)
@@ -50,9 +57,15 @@ class Held:
 
 
 def test_what_generate_answered_goes_on_in_generate_and_in_chat(ask, demo_float32):
-    assert ask("generate", "sort 53142").stdout == "12345\n"
+    first = ask("generate", "sort 53142")
+    assert first.stdout == "12345\n" and "`mlx-dg logs off` ends that" in first.stderr
     more = ask("generate", "-c", "reverse canvas")
-    assert more.stdout == "savnac\n" and "Going on with " in more.stderr and "sort 53142" in more.stderr
+    assert (
+        more.stdout == "savnac\n"
+        and "logs off" not in more.stderr
+        and "Going on with " in more.stderr
+        and "sort 53142" in more.stderr
+    )
     chat = ask("chat", "--continue", text_in="sort 312\n/undo\nsort 4231\n")
     assert "> sort 53142\n12345\n> reverse canvas\nsavnac\n2 turns loaded.\n" in chat.stderr
     (conversation,) = written()
@@ -103,7 +116,7 @@ def test_pictures_are_kept_as_their_paths(ask, tmp_path):
     assert gone.exit_code == 1 and str(picture) in gone.stderr and len(written()[0]["messages"]) == 4
 
 
-def test_the_oldest_make_room(monkeypatch):
+def test_the_oldest_make_room(place, monkeypatch):
     monkeypatch.setattr(conversations, "MOST", 2)
     for number in range(4):
         Keeper(Held({"role": "user", "content": f"number {number}"}, ASSISTANT), "a/model", pytest.fail).keep()
@@ -114,7 +127,7 @@ def test_the_oldest_make_room(monkeypatch):
     assert [content["messages"][0]["content"] for content in written()] == ["sort 312"]
 
 
-def test_two_that_go_on_with_one_conversation_lose_neither(demo):
+def test_two_that_go_on_with_one_conversation_lose_neither(place, demo):
     Keeper(Held(USER, ASSISTANT), "a/model", pytest.fail).keep()
     sessions = [ChatSession(*demo), ChatSession(*demo)]
     keepers = [Keeper(session, "a/model", pytest.fail) for session in sessions]
@@ -133,14 +146,14 @@ def test_a_disk_that_cannot_be_written_is_no_error(ask, monkeypatch, tmp_path):
     assert (done.exit_code, done.stdout) == (0, "12345\n") and "conversation cannot be kept" in done.stderr
 
 
-def test_calls_without_results_are_not_kept(demo):
+def test_calls_without_results_are_not_kept(place, demo):
     session = Held(USER, ASSISTANT)
     session.tool_calls = ["a call"]
     Keeper(session, "a/model", pytest.fail).keep()
     assert kept() == []
 
 
-def test_they_are_listed_shown_and_removed():
+def test_they_are_listed_shown_and_removed(place):
     assert run("logs").stderr.startswith("0 of 0 conversations") and run("logs", "show").exit_code == 1
     for number in range(3):
         asked = {"role": "user", "content": f"number\n\x1b[2J {number}"}
@@ -161,9 +174,8 @@ def test_they_are_listed_shown_and_removed():
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": "a", "thinking": false, "messages": [{"role": 1}]}'])
-def test_a_damaged_file_is_said_to_be_one(content):
-    directory().mkdir(parents=True)
-    (directory() / "20260101-000000-abcd.json").write_text(content)
+def test_a_damaged_file_is_said_to_be_one(place, content):
+    (place / "20260101-000000-abcd.json").write_text(content)
     assert "(damaged)" in run("logs").stdout
     for arguments in (["logs", "show"], ["generate", "-c", "x"], ["chat", "-c"]):
         done = run(*arguments)

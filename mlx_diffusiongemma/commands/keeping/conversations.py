@@ -123,7 +123,8 @@ def text_of(message: Message) -> str:
 class Keeper:
     """Keeps the conversation of a session, where conversations are kept, each time that `keep` is called.
 
-    model: what the session runs on. tell: is given a sentence where it cannot be kept, which is no error.
+    model: what the session runs on. tell: is given a sentence when the first one ever is kept, and where one cannot
+    be, which is no error.
     """
 
     def __init__(self, session: ChatSession, model: str, tell: Callable[[str], object]):
@@ -164,7 +165,8 @@ class Keeper:
         plain = [self._with_sources(message) for message in messages]
         content = {"model": self.model, "thinking": self.session.thinking, "messages": plain}
         text = (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode("utf-8", errors="replace")
-        _make_directory()
+        if _make_directory():
+            self.tell(f"Conversations are kept in {directory()}; `mlx-dg logs off` ends that.")
         if self._path is None or not self._is_ours(self._path):
             self._path = directory() / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}.json"
         new = not self._path.exists()
@@ -221,9 +223,13 @@ def _off() -> Path:
     return directory() / "off"
 
 
-def _make_directory() -> None:
+def _make_directory() -> bool:
+    """Make sure that there is a place for conversations; whether there was none. Raises OSError."""
+    if directory().is_dir():
+        return False
     directory().parent.mkdir(parents=True, exist_ok=True)
     directory().mkdir(mode=0o700, exist_ok=True)
+    return True
 
 
 def _forget_oldest() -> None:
