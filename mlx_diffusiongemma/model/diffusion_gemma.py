@@ -17,10 +17,10 @@ from ..errors import CheckpointError
 from ..options import REFERENCE_SETTINGS, GenerationOptions
 from . import vocabulary
 from .budgets import PREFILL_CHUNK
-from .cache import SNAPSHOT_BYTES, Cache, CacheRows, Label
+from .cache import SNAPSHOT_BYTES, Block, Cache, CacheRows, Label
 from .joining import fusible
 from .layer_cache import LayerCache, LayerRows
-from .layers import MLP, Attention, Extend, SelfConditioning
+from .layers import MLP, Attention, Extend, Mask, SelfConditioning
 from .moe import Experts, Router
 from .vision import VisionModel, image_blocks
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from ..processing.images import PreparedImage
 
 T = TypeVar("T")
-Block = tuple[int, int]  # first position of an image's tokens, and the one after its last
 
 
 class DecoderLayer(nn.Module):
@@ -55,7 +54,7 @@ class DecoderLayer(nn.Module):
         x: mx.array,
         extend: Extend,
         offset: int | mx.array,
-        mask: mx.array | str | None,
+        mask: Mask | list[Mask],
         scalar: mx.array,
     ) -> mx.array:
         attended = self.self_attn(self.input_layernorm(x), extend, offset, mask)
@@ -235,17 +234,29 @@ class DiffusionGemma(nn.Module):
             tokens = _shift_rows(tokens, list(cache.padding))
         return tokens
 
-    def _encode(self, x: mx.array, cache: Cache, blocks: list[Block]) -> mx.array:
-        decoder = self.model.decoder
-        offset, count = cache.offset, x.shape[1]
-        masks = {kind: self._encoder_mask(kind, cache, count, blocks) for kind in (SLIDING, FULL)}
+    def encode_lazily(self, tokens: mx.array, cache: Cache | CacheRows) -> mx.array:
+        """Append tokens [B, N] that may still be lazy, as `encode` does, without waiting for anything.
+
+        Returns their normalised hidden states [B, N, H]. What the tokens are is not known here: the caller, who reads
+        them later, adds them to `labels`, or trims them off.
+        """
+        return self._encode(self.embed(tokens), cache, [])
+
+    def _encode(self, x: mx.array, cache: Cache | CacheRows, blocks: list[Block]) -> mx.array:
+        """Append embeddings [B, N, H]. blocks: where among them images' tokens are."""
+        decoder, text, count = self.model.decoder, self.config.text, x.shape[1]
+        if text.use_bidirectional_attention != "vision":
+            blocks = []
+        masks = {
+            SLIDING: cache.encoder_mask(count, text.sliding_window, blocks),
+            FULL: cache.encoder_mask(count, None, blocks),
+        }
         positions = cache.positions
         scalars = self.model.encoder.language_model.layers
-        for config, layer, own, kept in zip(
-            self.config.text.layers, decoder.layers, scalars, cache.layers, strict=True
-        ):
+        caches: Sequence[LayerCache | LayerRows] = cache.layers
+        for config, layer, own, kept in zip(text.layers, decoder.layers, scalars, caches, strict=True):
             x = layer(x, kept.append, positions, masks[config.kind], own.layer_scalar)
-        cache.offset = offset + count
+        cache.extended(count)
         return decoder.norm(x)
 
     def denoise(
@@ -301,30 +312,6 @@ class DiffusionGemma(nn.Module):
     def _scaled(self, embeddings: mx.array) -> mx.array:
         scale = vocabulary.embedding_scale(self.model.decoder.embed_tokens, self.config.text.hidden_size)
         return embeddings.astype(scale.dtype) * scale
-
-    def _encoder_mask(self, kind: str, cache: Cache, count: int, blocks: list[Block]) -> mx.array | str | None:
-        """Which of the visible tokens each of the next `count` may attend to: itself and those before it, in sliding
-        layers at most `window - 1` back; all of its own image, beyond the window too; never padding.
-        """
-        window = self.config.text.sliding_window if kind == SLIDING else None
-        before = cache.offset if window is None else min(cache.offset, window - 1)
-        if self.config.text.use_bidirectional_attention != "vision":
-            blocks = []
-        if cache.padding is None and not blocks and (window is None or before + count <= window):
-            return "causal" if count > 1 else None
-        queries = mx.arange(cache.offset, cache.offset + count)[:, None]
-        keys = mx.arange(cache.offset - before, cache.offset + count)[None]
-        mask = keys <= queries
-        if window is not None:
-            mask = mask & (keys > queries - window)
-        for first, last in blocks:
-            first, last = first + cache.offset, last + cache.offset
-            mask = mask | ((queries >= first) & (queries < last) & (keys >= first) & (keys < last))
-        if cache.padding is None:
-            return mask
-        real = keys >= mx.array(cache.padding)[:, None, None, None]
-        # A padding token sees itself: a row of nothing but -inf would turn into NaN and spread.
-        return (mask & real) | (keys == queries)
 
 
 def chunk_bounds(count: int, blocks: Sequence[Block] = ()) -> Iterator[tuple[int, int]]:
