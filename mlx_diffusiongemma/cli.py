@@ -193,11 +193,19 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command with what is in `sys.argv`."""
+    _open_what_is_closed()
     # Pillow's remarks on odd files; what cannot be read is an error of ours.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     # Transformers' remark that PyTorch is not installed, of which it needs only tokenizers here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     app()
+
+
+def _open_what_is_closed() -> None:
+    """Open standard streams that the process was started without (`<&-`): else other files would get their numbers."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
 def _print_version(show: bool) -> None:

@@ -167,6 +167,13 @@ def test_a_full_disk_is_answered_with_what_helps(demo_float32, arguments):
     )
 
 
+@pytest.mark.parametrize(("closed", "out"), [("<&-", "123\n"), (">&-", ""), ("2>&-", "123\n")])
+def test_a_closed_stream_is_as_good_as_an_empty_one(demo_float32, closed, out):
+    command = f"{COMMAND[0]} generate 'sort 312' --seed 1 --model {demo_float32} {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, out) and "Traceback" not in done.stderr
+
+
 def test_transformers_does_not_remark_on_pytorch(demo_float32):
     code = (
         "import importlib.util as util; find = util.find_spec; "
