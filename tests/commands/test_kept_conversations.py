@@ -82,6 +82,8 @@ def test_what_generate_answered_goes_on_in_generate_and_in_chat(ask, demo_float3
 def test_events_are_kept_too_and_what_is_no_conversation_is_not(ask, tmp_path):
     ask("generate", "sort 53142", "--system", "Be brief.", "--json")
     assert [message["role"] for message in written()[0]["messages"]] == ["system", "user", "assistant"]
+    ask("generate", "-c", "sort 53142", "--system", "Be long.")
+    assert [message["content"] for message in written()[0]["messages"]][::2] == ["Be long.", "12345", "12345"]
     ask("generate", "sort 53142", "--raw")
     ask("chat", text_in="sort 312\n/undo\n")
     assert len(written()) == 1

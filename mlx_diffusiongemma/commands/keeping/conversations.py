@@ -23,7 +23,6 @@ from ...processing.messages import normalize_messages
 
 if TYPE_CHECKING:
     from ...generation.session import ChatSession
-    from ...processing.processor import Processor
 
 MOST, MOST_BYTES = 1000, 100 * 10**6
 VARIABLE = "MLX_DG_LOGS"  # `off` keeps nothing, whatever `mlx-dg logs on` said
@@ -139,21 +138,27 @@ class Keeper:
         self._path, self._written = None, b""
 
     def resume(self, conversation: Conversation) -> None:
-        """Go on with a kept conversation in the session, and keep it in the same file. Raises PromptError."""
-        messages = [self._with_pictures(message, self.session.processor) for message in conversation.messages]
-        self.session.resume(messages)
+        """Go on with a kept conversation in the session, and keep it in the same file. Raises PromptError.
+
+        Instructions that the session was given win over the conversation's.
+        """
+        system = self.session.system
+        self.session.resume([self._with_pictures(message) for message in conversation.messages])
+        self.session.system = system or self.session.system
         self.session.thinking = self.session.thinking or conversation.thinking
         self._path, self._written = conversation.path, conversation.path.read_bytes()
 
     def keep(self, sources: Sequence[str] = ()) -> None:
         """Keep the conversation as it is now. sources: where the pictures of the last turn came from, in order."""
         messages = self.session.messages
-        if self.session.tool_calls or not is_kept():  # a call without its result is no end
+        if self.session.tool_calls:  # a call without its result is no end
             return
         users = [message for message in messages if message["role"] == "user"]
         if users and sources:
             self._sources |= dict(zip(_pictures(users[-1]), map(_absolute, sources), strict=True))
         try:
+            if not is_kept():
+                return
             if users:
                 self._write(messages)
             elif self._path:
@@ -194,7 +199,7 @@ class Keeper:
         ]
         return {**message, "content": parts}
 
-    def _with_pictures(self, message: Message, processor: Processor) -> Message:
+    def _with_pictures(self, message: Message) -> Message:
         """Read the pictures of a kept message again. Raises PromptError where that cannot be done."""
         if message["role"] != "user" or not isinstance(message["content"], list):
             return message
@@ -203,7 +208,7 @@ class Keeper:
         if None in sources:
             raise PromptError("That conversation shows pictures of a saved session; go on with it by /load in a chat.")
         text = "".join(part["text"] for part in message["content"] if part["type"] == "text")
-        new = {**message, "content": processor.content(text, given["image"], given["video"], allow_urls=True)}
+        new = {**message, "content": self.session.processor.content(text, *given.values())}
         self._sources |= dict(zip(_pictures(new), sources, strict=True))
         return new
 
