@@ -120,24 +120,23 @@ class GenerationOptions:
         except PromptError as error:
             raise CheckpointError(f"{path}: {error}") from None
 
-    def check_decoder(self, checkpoint: GenerationOptions) -> None:
-        """Raises PromptError where an option is set, to another value than the checkpoint's, that this decoder has no
-        use for.
-        """
-        foreign: tuple[str, ...]
+    def foreign(self, checkpoint: GenerationOptions | None = None) -> list[str]:
+        """List the options that are set, to another value than the checkpoint's, and mean nothing to this decoder."""
         match self.decoder:
             case "diffusion":
-                foreign, others = OF_CAUSAL_DECODERS, "autoregressive and speculative decoders"
+                names = OF_CAUSAL_DECODERS
             case "autoregressive":
-                foreign, others = (*OF_DIFFUSION, "max_steps", "canvas_length"), "diffusion decoder"
+                names = (*OF_DIFFUSION, "max_steps", "canvas_length")
             case "speculative":
-                foreign, others = OF_DIFFUSION, "diffusion decoder"
-        for name in foreign:
-            value = getattr(self, name)
-            if value is not None and value != getattr(checkpoint, name):
-                raise PromptError(
-                    f"{name} is an option of the {others} and means nothing to the {self.decoder} one; leave it out."
-                )
+                names = OF_DIFFUSION
+        own = checkpoint or GenerationOptions()
+        return [name for name in names if getattr(self, name) not in (None, getattr(own, name))]
+
+    def with_decoder(self, decoder: Decoder) -> GenerationOptions:
+        """These options for another decoder: those that mean nothing to it are left to the checkpoint."""
+        options = replace(self, decoder=decoder)
+        unset: dict[str, Any] = dict.fromkeys(options.foreign())
+        return replace(options, **unset)
 
     def filled_from(self, checkpoint: GenerationOptions) -> GenerationOptions:
         """These options with every None replaced by the checkpoint's setting."""
@@ -182,8 +181,8 @@ def _check_number(options: GenerationOptions, name: str, kind: type, lowest: flo
         raise PromptError(f"{name} must be {what} {limits}, not {value!r}.")
 
 
-OF_DIFFUSION = ("entropy_bound", "t_max", "t_min", "stability", "confidence")
-OF_CAUSAL_DECODERS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+OF_DIFFUSION: tuple[str, ...] = ("entropy_bound", "t_max", "t_min", "stability", "confidence")
+OF_CAUSAL_DECODERS: tuple[str, ...] = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 # `_get_default_generation_params` of the reference; the canvas length is its configuration's default, and what ends a
 # reply is a checkpoint's to say. The sampling of causal decoders is what Gemma 4 is published with.
