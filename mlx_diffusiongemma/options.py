@@ -25,6 +25,8 @@ class GenerationOptions:
     seed: of every random draw. None: another one each time.
     retries: how often a first canvas that would make the reply empty is denoised again. 0: as the model has it.
     canvas_length: tokens per canvas, at most the checkpoint's.
+    active_rows: compute only the rows of a reply's canvas that have not settled, which is approximate: see
+        `generation.active_rows`. Infilling and editing always compute all.
     """
 
     max_tokens: int = 1024
@@ -39,6 +41,7 @@ class GenerationOptions:
     seed: int | None = None
     canvas_length: int | None = None
     retries: int = 3
+    active_rows: bool | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -61,6 +64,8 @@ class GenerationOptions:
             raise PromptError("t_max must be above 0; give a low temperature, such as 0.01, for the likeliest tokens.")
         if self.t_max is not None and self.t_min is not None and self.t_max < self.t_min:
             raise PromptError(f"t_max ({self.t_max}) must not be below t_min ({self.t_min}).")
+        if self.active_rows not in (None, True, False):
+            raise PromptError(f"active_rows must be True or False, not {self.active_rows!r}.")
         if not isinstance(self.stop, tuple) or any(not isinstance(text, str) or not text for text in self.stop):
             raise PromptError("stop takes strings of at least one character.")
         tokens = () if self.end_tokens is None else self.end_tokens
@@ -116,6 +121,7 @@ class Settings(GenerationOptions):
     end_tokens: tuple[int, ...]
     seed: int
     canvas_length: int
+    active_rows: bool
 
 
 def check_seed(seed: int | None) -> None:
@@ -145,6 +151,7 @@ REFERENCE_SETTINGS = GenerationOptions(
     confidence=0.005,
     end_tokens=(),
     canvas_length=256,
+    active_rows=False,
 )
 
 
@@ -158,9 +165,11 @@ def _token_ids(value: Any) -> list[int]:
 
 # Chosen by `tests/benchmarks/modes.py`.
 # `reference` leaves everything to the checkpoint. `fast` stops a canvas as soon as it is confident, more so than the
-# reference asks, without a step to confirm it, and gives up early on one that does not settle. An option given beside
-# a mode wins: `options.filled_from(MODES["fast"])`.
+# reference asks, without a step to confirm it, and gives up early on one that does not settle. `turbo` computes fewer
+# rows in each step, which is approximate: `tests/benchmarks/active_rows.py`. An option given beside a mode wins:
+# `options.filled_from(MODES["fast"])`.
 MODES: dict[str, GenerationOptions] = {
     "reference": GenerationOptions(),
     "fast": GenerationOptions(max_steps=24, stability=0, confidence=0.002),
+    "turbo": GenerationOptions(active_rows=True),
 }

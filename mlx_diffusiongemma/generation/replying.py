@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..events import Commit, Done, Event, Part, Result, Stats, ToolCall
 from ..processing.replies import reply_from_parts
+from .active_rows import ActiveRows
 from .denoising import Denoising
 from .request import Request, make_request
 from .writer import Writer
@@ -136,7 +137,8 @@ def reply(
     at once; the next one is taken when there is room for it. Canvases are denoised together, each at its own step, and
     a reply goes on, or makes room, as soon as its own canvas is done.
     """
-    run = Denoising(model, options, model.config.text.vocab_size)
+    denoising = ActiveRows if options.active_rows else Denoising
+    run = denoising(model, options, model.config.text.vocab_size)
     number, upcoming = 0, next(requests, None)
     writing: list[Writer] = []
     try:
