@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Model, announce_download, load_model, named_model, whole
+from .common import Model, Yes, announce_download, load_model, named_model, notice, whole
 
 
 def bench(
@@ -36,6 +36,7 @@ def bench(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    yes: Yes = False,
 ) -> None:
     """Measure this machine's ceilings, then where a denoising step's time goes and how fast replies come."""
     from rich.console import Console
@@ -55,7 +56,7 @@ def bench(
         else:
             Console().print(render_plan(needs))
         if needs.warning:
-            typer.echo(f"mlx-dg: {needs.warning}", err=True)
+            notice(needs.warning)
         return
     counts = _counts(steps)
     rival = None
@@ -64,10 +65,10 @@ def bench(
 
         model = named_model(model)
         is_repository(model)  # or it is something that only fails once the other has run
-        announce_download(against, None, DEFAULT_ALLOW_PATTERNS)
+        announce_download(against, None, DEFAULT_ALLOW_PATTERNS, yes=yes)
         _log(f"the prompts' answers of {against}")
         rival = measure_autoregressive(against, max_tokens=max_tokens)
-    loaded, processor = load_model(model)
+    loaded, processor = load_model(model, yes=yes)
     report = run_benchmark(loaded, processor, steps=counts, max_tokens=max_tokens, against=rival, log=_log)
     if as_json:
         typer.echo(json.dumps(report.to_dict()))

@@ -8,11 +8,13 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from ..events import Commit, Done, Draft, Event, Filled, PartKind, Prefill, Stats
 from .cells import Row, Span, break_rows, printable
+from .typed import unechoed
 
 if TYPE_CHECKING:
     from ..options import GenerationOptions
@@ -159,8 +161,11 @@ class View:
         self.behind = False
         self.filled: Filled | None = None
         self.filled_at = self.filling_since = 0.0
+        self._quiet = ExitStack()
 
     def __enter__(self) -> View:
+        if self.region:
+            self._quiet.enter_context(unechoed())
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -202,6 +207,7 @@ class View:
             if self.tame and not self.at_line_start:
                 self._print("\n")
         finally:  # stdout may be gone
+            self._quiet.close()
             if self.region:
                 self.region.release()
 

@@ -159,7 +159,7 @@ class Denoising:
         temperature = heat[0] if len(set(heat)) == 1 else mx.array(heat)
         goes_on = min(numbers) < options.max_steps
         keys = sampling.draw_keys([job.draws for job in jobs], numbers, sampling.SAMPLE) if goes_on else None
-        tokens, sample, entropy, soft = self._read(state, cache, temperature, keys)
+        tokens, sample, entropy, soft, _ = self._read(state, cache, temperature, keys)
         pinned, start = state.pinned, state.start
         if pinned is not None:
             tokens = mx.where(pinned, start, tokens)
@@ -217,7 +217,7 @@ class State(NamedTuple):
     numbers: the steps that each has had. canvas [B, L]: the tokens to read. tokens [B, L] and unchanged [B]: the last
     argmax canvas, and for how many steps it has been the same. start [B, L]: where they began. soft_embedding
     [B, L, H]: None before the first step. pinned [B, L]: None where no position of any canvas is. The rest is None but
-    for `active_rows`, which says what it is.
+    for `decoders.active_rows`, which says what it is.
     """
 
     jobs: list[Job]
@@ -270,7 +270,7 @@ class Pending(NamedTuple):
         return self._replace(report=self.report[mx.array(rows)], after=self.after.rows(rows)[0])
 
     def shown(self, report: np.ndarray, max_steps: int) -> list[Step]:
-        """What the report, read back, shows. The last step that a canvas may take finishes it."""
+        """Say what the report, read back, shows. The last step that a canvas may take finishes it."""
         length = (report.shape[1] - 1) // 3
         tokens, accepted, entropy, flags = np.split(report, [length * part for part in (1, 2, 3)], axis=1)
         done = (flags[:, 0] > 0) | (np.array(self.after.numbers) >= max_steps)

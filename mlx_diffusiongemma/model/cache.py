@@ -91,7 +91,7 @@ class Cache:
         return found
 
     def encoder_mask(self, count: int, window: int | None, blocks: Sequence[Block] = ()) -> mx.array | str | None:
-        """Which of the visible tokens each of the next `count` may attend to: itself and those before it, in layers
+        """Say which of the visible tokens each of the next `count` may attend to: itself and those before it, in layers
         with a window at most `window - 1` back; all of its own image, beyond the window too; never padding.
 
         blocks: the images' tokens among the next ones.

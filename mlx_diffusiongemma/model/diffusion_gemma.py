@@ -291,6 +291,11 @@ class DiffusionGemma(nn.Module):
         """Every token's logit, soft-capped, for hidden [B, L, H]: [B, L, V] float32."""
         return vocabulary.logits(self.model.decoder.embed_tokens, hidden, self.config.text.final_logit_softcapping)
 
+    def logits_of(self, hidden: mx.array, tokens: mx.array) -> mx.array:
+        """The logits of one token each, tokens [B, L], for hidden [B, L, H]: [B, L] float32, soft-capped."""
+        cap = self.config.text.final_logit_softcapping
+        return vocabulary.logits_of(self.model.decoder.embed_tokens, hidden, tokens, cap)
+
     def soft_embedding(self, processed_logits: mx.array) -> mx.array:
         """The embedding that processed_logits [B, L, V], which are divided by the temperature, lead to expect:
         [B, L, H], scaled by sqrt(H).

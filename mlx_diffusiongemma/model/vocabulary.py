@@ -26,12 +26,14 @@ class Reading(NamedTuple):
 
     tokens [B, L]: argmax. sample [B, L]: one draw per position. entropy [B, L]: nats, float32. soft_embedding
     [B, L, hidden]: the expected embedding. `sample` and `soft_embedding` are None where no key was given.
+    log_total [B, L]: what processed logits are above the log probabilities, float32; None where nobody computed it.
     """
 
     tokens: mx.array
     sample: mx.array | None
     entropy: mx.array
     soft_embedding: mx.array | None
+    log_total: mx.array | None = None
 
 
 def embedding_rows(embedding: Embedding, index: mx.array) -> Embedding:
@@ -82,7 +84,13 @@ def logits(embedding: Embedding, hidden: mx.array, cap: float) -> mx.array:
 
     The product is in the model's dtype, the rest in float32.
     """
-    return mx.tanh(embedding.as_linear(hidden).astype(mx.float32) / cap) * cap
+    return _capped(embedding.as_linear(hidden), mx.array(cap))
+
+
+def logits_of(embedding: Embedding, hidden: mx.array, tokens: mx.array, cap: float) -> mx.array:
+    """The soft-capped logits of one token each, tokens [...], for hidden [..., hidden]: [...] float32."""
+    vectors = embedding(tokens.flatten()).reshape(hidden.shape)
+    return _capped((vectors[..., None, :] @ hidden[..., None])[..., 0, 0], mx.array(cap))
 
 
 def soft_embedding(embedding: Embedding, processed_logits: mx.array) -> mx.array:
@@ -92,6 +100,11 @@ def soft_embedding(embedding: Embedding, processed_logits: mx.array) -> mx.array
     probabilities stay float32 up to the product. In float32 both are the same.
     """
     return expected_embedding(embedding, mx.softmax(processed_logits.astype(mx.float32), axis=-1))
+
+
+@fuse_elementwise
+def _capped(raw: mx.array, cap: mx.array) -> mx.array:
+    return mx.tanh(raw.astype(mx.float32) / cap) * cap
 
 
 @fuse_elementwise
@@ -172,13 +185,13 @@ def read(
         rows = mx.depends(rows, total.state)
     shape, sums = hidden.shape[:-1], total.sums
     assert sums is not None  # a vocabulary has at least one block
-    tokens, entropy = sums.tokens.reshape(shape), sums.entropy.reshape(shape)
+    tokens, entropy, log_total = (array.reshape(shape) for array in (sums.tokens, sums.entropy, sums.log_total))
     if key is None or sums.soft is None:
-        return Reading(tokens, None, entropy, None)
+        return Reading(tokens, None, entropy, None, log_total)
     uniforms = _uniforms(key, shape, places).reshape(2, -1)
     group = _pick(total.group_masses(sums.top), uniforms[0])
     sample = group * GROUP + _pick(_member_weights(embedding, rows, group, bound, divisor), uniforms[1])
-    return Reading(tokens, sample.reshape(shape), entropy, (sums.soft / sums.mass).reshape(hidden.shape))
+    return Reading(tokens, sample.reshape(shape), entropy, (sums.soft / sums.mass).reshape(hidden.shape), log_total)
 
 
 def sample_from(processed_logits: mx.array, key: mx.array) -> mx.array:
@@ -232,6 +245,11 @@ class _Sums(NamedTuple):
     def entropy(self) -> mx.array:
         """[rows], nats: log of the mass minus the mean of x - top."""
         return (mx.log(self.mass) - self.moment / self.mass)[:, 0]
+
+    @property
+    def log_total(self) -> mx.array:
+        """[rows]: the logarithm of the sum of all exponentials."""
+        return (self.top + mx.log(self.mass))[:, 0]
 
 
 class _Total:

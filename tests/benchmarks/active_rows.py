@@ -23,7 +23,7 @@ import numpy as np
 
 from mlx_diffusiongemma import MODES, GenerationOptions, generate, load
 from mlx_diffusiongemma.convert import convert_checkpoint
-from mlx_diffusiongemma.generation.active_rows import ActiveRows
+from mlx_diffusiongemma.generation.decoders.active_rows import ActiveRows
 from mlx_diffusiongemma.generation.denoising import Pending
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

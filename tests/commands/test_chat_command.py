@@ -20,7 +20,8 @@ from mlx_diffusiongemma import ChatSession, GenerationOptions, PromptError, Tool
 from mlx_diffusiongemma.commands.chatting import chat as chat_command
 from mlx_diffusiongemma.commands.chatting import turns as turns_module
 from mlx_diffusiongemma.commands.chatting.tools import Failure, load_functions, run_call, written
-from mlx_diffusiongemma.commands.chatting.turns import MOST_SHOWN, shortened
+from mlx_diffusiongemma.commands.keeping.conversations import Keeper
+from mlx_diffusiongemma.commands.keeping.shown import MOST_SHOWN, shortened
 from mlx_diffusiongemma.events import Done, Stats
 from mlx_diffusiongemma.paths import data_directory
 
@@ -240,7 +241,7 @@ def talk(demo, functions, monkeypatch, answer, terminal=True):
         except StopIteration:
             raise EOFError from None
 
-    chat_command._Chat(session, functions, live=False).run(next_line)
+    chat_command._Chat(session, functions, Keeper(session, "a-model", pytest.fail), live=False).run(next_line)
     return session, asked
 
 
@@ -321,7 +322,7 @@ class Calling:
 
 def test_calls_without_end_are_ended_and_cannot_draw(capsys):
     session, lines = Calling(), iter(["hello", "/quit"])
-    chat = chat_command._Chat(session, {}, live=False)
+    chat = chat_command._Chat(session, {}, Keeper(session, "a-model", pytest.fail), live=False)
     chat.run(lambda _: next(lines))
     written = capsys.readouterr().err
     assert session.messages == [] and chat.failed

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from mlx_diffusiongemma import MODES, Canvas, GenerationOptions, PromptError, generate, generate_batch, load, stream
 from mlx_diffusiongemma.cli import app
 from mlx_diffusiongemma.events import Draft
-from mlx_diffusiongemma.generation import active_rows
-from mlx_diffusiongemma.generation.active_rows import ActiveRows
+from mlx_diffusiongemma.generation.decoders import active_rows
+from mlx_diffusiongemma.generation.decoders.active_rows import ActiveRows
 from mlx_diffusiongemma.generation.denoising import Job
 from mlx_diffusiongemma.generation.request import request_options
 from mlx_diffusiongemma.generation.sampling import Draws

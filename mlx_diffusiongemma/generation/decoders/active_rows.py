@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, Protocol, overload
 import mlx.core as mx
 import numpy as np
 
-from ..model.vocabulary import Reading
-from .denoising import Denoiser, Denoising, Job, State
+from ...model.vocabulary import Reading
+from ..denoising import Denoiser, Denoising, Job, State
 
 if TYPE_CHECKING:
-    from ..model.cache import Cache, CacheRows
-    from ..model.layer_cache import Places
-    from ..options import Settings
+    from ...model.cache import Cache, CacheRows
+    from ...model.layer_cache import Places
+    from ...options import Settings
 
 # Chosen on prompts of their own, apart from those that the benchmark measures.
 HELD = 2  # steps for which a settled row's token was accepted and is the same: its keys and values are of that token
@@ -38,7 +38,7 @@ SIXTEENTHS = (1, 2, 3, 4, 6, 8, 10, 12)  # of a canvas's rows: the sizes of a st
 
 
 class PartDenoiser(Denoiser, Protocol):
-    """What is called of a model: see `model.diffusion_gemma.DiffusionGemma`."""
+    """The part of a model that is called: see `model.diffusion_gemma.DiffusionGemma`."""
 
     def denoise(
         self,
@@ -58,8 +58,8 @@ class PartDenoiser(Denoiser, Protocol):
 
 
 class ActiveRows(Denoising):
-    """Denoising where each canvas computes the rows that it needs, in one of a few sizes; the rows of a size that none
-    needs refresh those that were computed the longest ago. Only a step of all rows ends a canvas.
+    """Denoises canvases of which each computes the rows that it needs, in one of a few sizes; the room that is left in a
+    size refreshes the rows that were computed the longest ago. Only a step of all rows ends a canvas.
 
     Which rows these are depends on the canvas alone. Canvases of a batch are computed in the size of the largest, where
     the others repeat a row of theirs, so a text does not change with its company.
