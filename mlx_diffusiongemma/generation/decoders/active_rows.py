@@ -58,7 +58,7 @@ class PartDenoiser(Denoiser, Protocol):
 
 
 class ActiveRows(Denoising):
-    """Denoises canvases of which each computes the rows that it needs, in one of a few sizes; the room that is left in a
+    """Denoises canvases of which each computes the rows that it needs, in one of a few sizes; room that is left in a
     size refreshes the rows that were computed the longest ago. Only a step of all rows ends a canvas.
 
     Which rows these are depends on the canvas alone. Canvases of a batch are computed in the size of the largest, where
