@@ -29,6 +29,8 @@ class GenerationOptions:
     seed: of every random draw. None: another one each time.
     retries: how often a first canvas that would make the reply empty is denoised again. 0: as the model has it.
     canvas_length: tokens per canvas, at most the checkpoint's. Of the speculative decoder: of its longest draft.
+    active_rows: compute only the rows of a reply's canvas that have not settled, which is approximate: see
+        `generation.decoders.active_rows`. Infilling and editing always compute all.
     decoder: "diffusion" denoises canvas after canvas; "autoregressive" writes a token at a time, left to right, with
         the encoder; "speculative" drafts on a canvas, and keeps what the encoder would have written.
     temperature, top_p, top_k, min_p, repetition_penalty: how the latter two choose tokens, as mlx-lm's sampler
@@ -53,6 +55,7 @@ class GenerationOptions:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    active_rows: bool | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -83,6 +86,8 @@ class GenerationOptions:
             raise PromptError("t_max must be above 0; give a low temperature, such as 0.01, for the likeliest tokens.")
         if self.t_max is not None and self.t_min is not None and self.t_max < self.t_min:
             raise PromptError(f"t_max ({self.t_max}) must not be below t_min ({self.t_min}).")
+        if self.active_rows not in (None, True, False):
+            raise PromptError(f"active_rows must be True or False, not {self.active_rows!r}.")
         if not isinstance(self.stop, tuple) or any(not isinstance(text, str) or not text for text in self.stop):
             raise PromptError("stop takes strings of at least one character.")
         tokens = () if self.end_tokens is None else self.end_tokens
@@ -162,6 +167,7 @@ class Settings(GenerationOptions):
     top_k: int
     min_p: float
     repetition_penalty: float
+    active_rows: bool
 
 
 def check_seed(seed: int | None) -> None:
@@ -181,7 +187,7 @@ def _check_number(options: GenerationOptions, name: str, kind: type, lowest: flo
         raise PromptError(f"{name} must be {what} {limits}, not {value!r}.")
 
 
-OF_DIFFUSION: tuple[str, ...] = ("entropy_bound", "t_max", "t_min", "stability", "confidence")
+OF_DIFFUSION: tuple[str, ...] = ("entropy_bound", "t_max", "t_min", "stability", "confidence", "active_rows")
 OF_CAUSAL_DECODERS: tuple[str, ...] = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 # `_get_default_generation_params` of the reference; the canvas length is its configuration's default, and what ends a
@@ -200,6 +206,7 @@ REFERENCE_SETTINGS = GenerationOptions(
     top_k=64,
     min_p=0.0,
     repetition_penalty=1.0,
+    active_rows=False,
 )
 
 
@@ -213,9 +220,11 @@ def _token_ids(value: Any) -> list[int]:
 
 # Chosen by `tests/benchmarks/modes.py`.
 # `reference` leaves everything to the checkpoint. `fast` stops a canvas as soon as it is confident, more so than the
-# reference asks, without a step to confirm it, and gives up early on one that does not settle. An option given beside
-# a mode wins: `options.filled_from(MODES["fast"])`.
+# reference asks, without a step to confirm it, and gives up early on one that does not settle. `turbo` computes fewer
+# rows in each step, which is approximate: `tests/benchmarks/active_rows.py`. An option given beside a mode wins:
+# `options.filled_from(MODES["fast"])`.
 MODES: dict[str, GenerationOptions] = {
     "reference": GenerationOptions(),
     "fast": GenerationOptions(max_steps=24, stability=0, confidence=0.002),
+    "turbo": GenerationOptions(active_rows=True),
 }

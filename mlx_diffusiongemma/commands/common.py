@@ -96,7 +96,9 @@ Steps = Annotated[
 MaxTokens = Annotated[
     int, typer.Option("--max-tokens", "-m", metavar="N", parser=whole(1), help="Most tokens to generate.")
 ]
-Mode = Annotated[str, typer.Option("--mode", metavar="MODE", help="reference or fast; other options win over it.")]
+Mode = Annotated[
+    str, typer.Option("--mode", metavar="MODE", help="reference, fast or turbo; other options win over it.")
+]
 EntropyBound = Annotated[
     float | None,
     typer.Option("--entropy-bound", metavar="X", parser=number(0), help="Nats accepted per step [the checkpoint's]."),
