@@ -1,4 +1,4 @@
-"""Which decoder writes faster on this machine: a step at several numbers of rows, a token, and whole replies."""
+"""The decoders compared on this machine: a step at several numbers of rows, a token, and whole replies."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class DecoderSpeeds:
 
     @property
     def tokens_per_step(self) -> float:
-        """How many tokens left to right take as long as a step of a whole canvas."""
+        """Tokens left to right that take as long as a step of a whole canvas."""
         return self.step_seconds[max(self.step_seconds)] / self.token_seconds
 
     @property

@@ -45,8 +45,10 @@ class Prediction:
 
 
 def predict(config: ModelConfig, tensors: Mapping[str, Entry], context: int, item: int) -> list[Prediction]:
-    """Predict what the chips in `chips.json` would reach after `context` tokens: each pass takes as long as its products
-    or its reads take, whichever is longer, at the share of the ceilings that has been seen. item: bytes of an activation.
+    """Predict what the chips in `chips.json` would reach after `context` tokens.
+
+    A pass takes as long as its products or its reads take, whichever is longer, at the share of the ceilings that has
+    been seen. item: bytes of an activation.
     """
     data = json.loads(resources.files(__package__).joinpath("chips.json").read_text())
     canvas, found = config.canvas_length, []

