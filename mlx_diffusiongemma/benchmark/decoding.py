@@ -91,7 +91,7 @@ def measure_decoders(
 
 
 def step_seconds(model: DiffusionGemma, cache: Cache, rows: int) -> float:
-    """Of a denoising step of a canvas of `rows` tokens, the vocabulary's reading included."""
+    """Time a denoising step of a canvas of `rows` tokens, the vocabulary's reading included."""
     tokens = mx.random.randint(0, model.config.text.vocab_size, (1, rows), key=mx.random.key(1))
     soft, key = model.embed(tokens), mx.random.key(2)
     mx.eval(tokens, soft, key)
@@ -107,7 +107,7 @@ def step_seconds(model: DiffusionGemma, cache: Cache, rows: int) -> float:
 
 
 def token_seconds(model: DiffusionGemma, cache: Cache) -> float:
-    """Of a token left to right, the next one under way while it is computed, as the decoder has it."""
+    """Time a token left to right, the next one under way while it is computed, as the decoder has it."""
 
     def tokens() -> mx.array:
         twin, token = cache.fork(), mx.zeros((1, 1), mx.int32)
