@@ -11,7 +11,7 @@ from ..errors import PromptError
 from ..events import Event, Result
 from ..generation.request import make_request, request_options
 from ..options import GenerationOptions
-from .gaps import Filling, Gap, Segment, lengths_up_to, longest_gap, text_tokens
+from .gaps import Gap, Segment, Span, text_tokens
 from .search import Attempt, GapFiller
 
 if TYPE_CHECKING:
@@ -79,9 +79,8 @@ def infill(
     Raises PromptError and BusyError.
     """
     settings = request_options(model, options, seed=seed)
-    parts = _checked(parts, longest_gap(settings.canvas_length))
-    last = len(parts) - 1
-    segments = [_segment(processor, part, exact or place == last) for place, part in enumerate(parts)]
+    parts = _checked(parts)
+    segments = [_segment(processor, part, exact) for part in parts]
     if instruction is None:
         lead = parts[0] if isinstance(parts[0], str) else ""
         prompt = processor.raw_prompt("")
@@ -91,7 +90,8 @@ def infill(
         prompt = processor.prompt(instruction)
     ending = None if isinstance(parts[-1], Hole) else reply_ending(processor, instruction is not None)
     request = make_request(model, processor, prompt, options=settings, cache=cache, cancel=cancel)
-    pieces = [(lambda tokens: processor.draft_text(tokens or [])) if isinstance(part, Hole) else part for part in parts]
+    hole = Span(lambda tokens: processor.draft_text(tokens or []))
+    pieces = [hole if isinstance(part, Hole) else part for part in parts]
     is_reply = instruction is not None
     filler = GapFiller(model, processor, request, segments, ending, pieces, replies=is_reply, on_event=on_event)
     stats = filler.run()
@@ -119,7 +119,7 @@ def reply_ending(processor: Processor, is_reply: bool) -> list[int] | None:
     return [token for token in ids if token is not None] or None
 
 
-def _checked(parts: Sequence[str | Hole], longest: int) -> list[str | Hole]:
+def _checked(parts: Sequence[str | Hole]) -> list[str | Hole]:
     is_list = isinstance(parts, Sequence) and not isinstance(parts, str)
     if not is_list or not all(isinstance(part, str | Hole) for part in parts):
         raise PromptError("`parts` is a list of texts and Holes.")
@@ -127,16 +127,15 @@ def _checked(parts: Sequence[str | Hole], longest: int) -> list[str | Hole]:
     if not holes:
         raise PromptError("There is no hole to fill; put a Hole among the parts.")
     for hole in holes:
-        if isinstance(hole.tokens, bool) or not isinstance(hole.tokens, int) or not 1 <= hole.tokens <= longest:
-            raise PromptError(f"A hole takes 1 to {longest} tokens, not {hole.tokens!r}.")
+        if isinstance(hole.tokens, bool) or not isinstance(hole.tokens, int) or hole.tokens < 1:
+            raise PromptError(f"A hole takes at least 1 token, not {hole.tokens!r}.")
         if not isinstance(hole.draft, str | None):
             raise PromptError(f"A hole's draft is a text, not {hole.draft!r}.")
     return [part for part in parts if part != ""]
 
 
-def _segment(processor: Processor, part: str | Hole, one_length: bool) -> Segment:
+def _segment(processor: Processor, part: str | Hole, exact: bool) -> Segment:
     if isinstance(part, str):
         return text_tokens(processor, part)
     draft = text_tokens(processor, part.draft or "")
-    lengths = [part.tokens] if one_length else lengths_up_to(part.tokens)
-    return Gap(tuple(Filling((*draft[:length], *[None] * (length - len(draft)))) for length in lengths))
+    return Gap(part.tokens if exact else 1, part.tokens, draft=tuple(draft))

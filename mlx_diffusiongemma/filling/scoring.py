@@ -68,12 +68,12 @@ def _read(model: DiffusionGemma, hidden: mx.array, asked: list[tuple[int, Probe]
     for first in range(0, len(asked), POSITIONS):
         few = asked[first : first + POSITIONS]
         at = hidden[mx.array([row for row, _ in few]), mx.array([probe.position for _, probe in few])]
-        values = _log_softmax_at(model.logits(at[None])[0], mx.array([probe.token for _, probe in few]))
+        values = log_softmax_at(model.logits(at[None])[0], mx.array([probe.token for _, probe in few]))
         found |= zip((probe for _, probe in few), np.array(values).tolist(), strict=True)
     return found
 
 
-def _log_softmax_at(logits: mx.array, tokens: mx.array) -> mx.array:
+def log_softmax_at(logits: mx.array, tokens: mx.array) -> mx.array:
     """logits [P, V], tokens [P] -> [P]."""
     return mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - mx.logsumexp(logits, axis=-1)
 

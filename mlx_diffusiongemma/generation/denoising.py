@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -40,7 +40,7 @@ class Job:
 
 class Step(NamedTuple):
     """One canvas as a step, counted from 1, leaves it: its argmax tokens, which positions are accepted, their entropies
-    in nats, and whether the canvas is done.
+    in nats, and whether the canvas is done. notes [K]: what a reader noted, float32.
     """
 
     job: Job
@@ -49,14 +49,17 @@ class Step(NamedTuple):
     accepted: list[bool]
     entropy: list[float]
     finished: bool
+    notes: np.ndarray
 
 
 class Reader(Protocol):
-    """Reads the vocabulary for the loop in the model's place, where not every position may hold every token."""
+    """Reads the vocabulary for the loop in the model's place: where not every position may hold every token, or where
+    more is asked of a step. What it notes of every row, [B, K] float32, comes with the step's report.
+    """
 
     def read(
         self, hidden: mx.array, temperature: float | mx.array, key: mx.array | None, jobs: Sequence[Job]
-    ) -> Reading: ...
+    ) -> tuple[Reading, mx.array | None]: ...
 
 
 class Denoising:
@@ -92,6 +95,18 @@ class Denoising:
             self._pending = self._pending.rows(staying) if staying else None
         for job in leaving:
             job.cache.release()
+
+    def replace(self, job: Job, others: Sequence[Job]) -> None:
+        """Let others of the same length go on in a canvas's place, each from what has become of it.
+
+        Only what their canvases name is different from then on: those tokens are written, and stay where pinned. The
+        step under way, if any, is still of the canvas that leaves, but finishes none of the others.
+        """
+        if job in self._joining:
+            at = self._joining.index(job)
+            self._joining[at : at + 1] = others
+        elif self._pending:
+            self._pending = self._pending.replaced(job, others, self.model.embed)
 
     def steps(self) -> Generator[list[Step], None, None]:
         """Run until every canvas is done; closing the iterator drops those that are left."""
@@ -140,7 +155,7 @@ class Denoising:
         start = self._noise(jobs, [0] * rows, length)
         canvases = [job.canvas for job in jobs]
         if any(token is not None for canvas in canvases for token in canvas.tokens):
-            given = mx.array([[-1 if token is None else token for token in canvas.tokens] for canvas in canvases])
+            given = _given(jobs)
             start = mx.where(given < 0, start, given)
         pinned = mx.array([canvas.pinned for canvas in canvases]) if any(any(c.pinned) for c in canvases) else None
         no_tokens, no_steps = mx.full((rows, length), -1, mx.int32), mx.zeros((rows,), mx.int32)
@@ -160,9 +175,10 @@ class Denoising:
         goes_on = min(numbers) < options.max_steps
         keys = sampling.draw_keys([job.draws for job in jobs], numbers, sampling.SAMPLE) if goes_on else None
         if self.reader is None:
-            tokens, sample, entropy, soft = self.model.read_vocabulary(hidden, temperature, keys)
+            reading, notes = self.model.read_vocabulary(hidden, temperature, keys), None
         else:
-            tokens, sample, entropy, soft = self.reader.read(hidden, temperature, keys, jobs)
+            reading, notes = self.reader.read(hidden, temperature, keys, jobs)
+        tokens, sample, entropy, soft, _ = reading
         pinned, start = state.pinned, state.start
         if pinned is not None:
             tokens = mx.where(pinned, start, tokens)
@@ -178,7 +194,7 @@ class Denoising:
         if soft is not None and pinned is not None:
             soft = mx.where(pinned[..., None], self.model.embed(start), soft)
         after = _State(jobs, numbers, canvas, tokens, unchanged, start, soft, pinned)
-        return _Pending(_packed(tokens, accepted, entropy, finished), after, cache)
+        return _Pending(_packed(tokens, accepted, entropy, finished, notes), after, cache)
 
     def _noise(self, jobs: Sequence[Job], steps: Sequence[int], length: int) -> mx.array:
         keys = sampling.draw_keys([job.draws for job in jobs], steps, sampling.NOISE)
@@ -223,6 +239,28 @@ class _State(NamedTuple):
         lists = [self.jobs[row] for row in rows], [self.numbers[row] for row in rows]
         return [_State._make([*lists, *(None if array is None else array[index] for array in self[2:])])]
 
+    def rewritten(
+        self, index: list[int], jobs: list[Job], own: mx.array, embed: Callable[[mx.array], mx.array]
+    ) -> _State:
+        """The state of these rows, some more than once, as that of other jobs: what their canvases name is written in
+        the rows that are their `own` [B, 1], and what they pin is pinned and believed.
+        """
+        rows = mx.array(index)
+        given = _given(jobs)
+        named, pinned = own & (given >= 0), mx.array([job.canvas.pinned for job in jobs])
+        start = mx.where(named, given, self.start[rows])
+        soft = self.soft_embedding
+        return _State(
+            jobs,
+            [self.numbers[number] for number in index],
+            mx.where(named, given, self.canvas[rows]),
+            mx.where(named, given, self.tokens[rows].astype(given.dtype)),
+            self.unchanged[rows],
+            start,
+            None if soft is None else mx.where((own & pinned)[..., None], embed(start), soft[rows]),
+            pinned,
+        )
+
     def joined(self, other: _State) -> _State:
         """These rows and then the others. What only one side has is zero for the other: nothing believed or pinned."""
         arrays = (
@@ -233,7 +271,7 @@ class _State(NamedTuple):
 
 
 class _Pending(NamedTuple):
-    """A step under way. `report` [B, 3 L + 1] holds all that is read back, so that one read blocks, once."""
+    """A step under way. `report` [B, 3 L + 1 + K] holds all that is read back, so that one read blocks, once."""
 
     report: mx.array
     after: _State
@@ -243,20 +281,45 @@ class _Pending(NamedTuple):
         """The same step, of some of its rows."""
         return self._replace(report=self.report[mx.array(rows)], after=self.after.rows(rows)[0])
 
+    def replaced(self, job: Job, others: Sequence[Job], embed: Callable[[mx.array], mx.array]) -> _Pending:
+        """The same step, with `others` in the place of a row: see `Denoising.replace`."""
+        after, row = self.after, self.after.jobs.index(job)
+        index = [*range(row), *[row] * len(others), *range(row + 1, len(after.jobs))]
+        own = mx.array([number == row for number in index])[:, None]
+        report = self.report[mx.array(index)]
+        finished = mx.arange(report.shape[1]) == 3 * after.tokens.shape[1]
+        jobs = [*after.jobs[:row], *others, *after.jobs[row + 1 :]]
+        return self._replace(report=mx.where(own & finished, 0, report), after=after.rewritten(index, jobs, own, embed))
+
     def read(self, max_steps: int) -> list[Step]:
         """Wait for the step. The last one that a canvas may take finishes it."""
         report = np.array(self.report)
-        length = (report.shape[1] - 1) // 3
-        tokens, accepted, entropy, finished = np.split(report, [length * part for part in (1, 2, 3)], axis=1)
+        length = self.after.tokens.shape[1]
+        borders = [length, 2 * length, 3 * length, 3 * length + 1]
+        tokens, accepted, entropy, finished, notes = np.split(report, borders, axis=1)
         done = (finished[:, 0] > 0) | (np.array(self.after.numbers) >= max_steps)
         columns = (tokens, accepted.astype(bool), entropy.view(np.float32), done)
-        rows = zip(self.after.jobs, self.after.numbers, *(column.tolist() for column in columns), strict=True)
+        rows = zip(
+            self.after.jobs,
+            self.after.numbers,
+            *(column.tolist() for column in columns),
+            notes.view(np.float32),
+            strict=True,
+        )
         return [Step(*row) for row in rows]
 
 
-def _packed(tokens: mx.array, accepted: mx.array, entropy: mx.array, finished: mx.array) -> mx.array:
+def _packed(
+    tokens: mx.array, accepted: mx.array, entropy: mx.array, finished: mx.array, notes: mx.array | None
+) -> mx.array:
     parts = [tokens.astype(mx.uint32), accepted.astype(mx.uint32), entropy.view(mx.uint32)]
-    return mx.concatenate([*parts, finished[:, None].astype(mx.uint32)], axis=1)
+    parts.append(finished[:, None].astype(mx.uint32))
+    return mx.concatenate([*parts, *([] if notes is None else [notes.view(mx.uint32)])], axis=1)
+
+
+def _given(jobs: Sequence[Job]) -> mx.array:
+    """The tokens that the canvases name, [B, L]; -1 where they name none."""
+    return mx.array([[-1 if token is None else token for token in job.canvas.tokens] for job in jobs])
 
 
 def _stacked(first: mx.array | None, second: mx.array | None, rows: int, other_rows: int) -> mx.array | None:

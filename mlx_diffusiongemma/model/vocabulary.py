@@ -25,12 +25,15 @@ class Reading(NamedTuple):
 
     tokens [B, L]: argmax. sample [B, L]: one draw per position. entropy [B, L]: nats, float32. soft_embedding
     [B, L, hidden]: the expected embedding. `sample` and `soft_embedding` are None where no key was given.
+    normaliser [B, L]: the log of the sum over all tokens of exp(processed logit), float32: a token's processed logit
+    less this is its log probability.
     """
 
     tokens: mx.array
     sample: mx.array | None
     entropy: mx.array
     soft_embedding: mx.array | None
+    normaliser: mx.array
 
 
 def embedding_rows(embedding: Embedding, index: mx.array) -> Embedding:
@@ -165,13 +168,14 @@ def read(
         rows = mx.depends(rows, total.state)
     shape, sums = hidden.shape[:-1], total.sums
     assert sums is not None  # a vocabulary has at least one block
-    tokens, entropy = sums.tokens.reshape(shape), sums.entropy.reshape(shape)
+    tokens, entropy, normaliser = (part.reshape(shape) for part in (sums.tokens, sums.entropy, sums.normaliser))
     if key is None or sums.soft is None:
-        return Reading(tokens, None, entropy, None)
+        return Reading(tokens, None, entropy, None, normaliser)
     uniforms = draw_uniforms(key, shape).reshape(2, -1)
     group = _pick(total.group_masses(sums.top), uniforms[0])
     sample = group * GROUP + _pick(_member_weights(embedding, rows, group, bound, divisor), uniforms[1])
-    return Reading(tokens, sample.reshape(shape), entropy, (sums.soft / sums.mass).reshape(hidden.shape))
+    soft = (sums.soft / sums.mass).reshape(hidden.shape)
+    return Reading(tokens, sample.reshape(shape), entropy, soft, normaliser)
 
 
 def sample_from(processed_logits: mx.array, key: mx.array) -> mx.array:
@@ -217,6 +221,11 @@ class _Sums(NamedTuple):
     def entropy(self) -> mx.array:
         """[rows], nats: log of the mass minus the mean of x - top."""
         return (mx.log(self.mass) - self.moment / self.mass)[:, 0]
+
+    @property
+    def normaliser(self) -> mx.array:
+        """[rows]: log of the sum of exp(x)."""
+        return (self.top + mx.log(self.mass))[:, 0]
 
 
 class _Total:

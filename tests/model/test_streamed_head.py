@@ -18,10 +18,11 @@ def plain_reader(model):
         processed = model.logits(hidden) / temperature
         log_probabilities = processed - mx.logsumexp(processed, axis=-1, keepdims=True)
         entropy = -(mx.exp(log_probabilities) * log_probabilities).sum(-1)
+        normaliser = mx.logsumexp(processed, axis=-1)
         if key is None:
-            return vocabulary.Reading(processed.argmax(-1), None, entropy, None)
+            return vocabulary.Reading(processed.argmax(-1), None, entropy, None, normaliser)
         sample = vocabulary.sample_from(processed, key)
-        return vocabulary.Reading(processed.argmax(-1), sample, entropy, model.soft_embedding(processed))
+        return vocabulary.Reading(processed.argmax(-1), sample, entropy, model.soft_embedding(processed), normaliser)
 
     return read
 
