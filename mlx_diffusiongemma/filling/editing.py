@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ..processing.processor import Processor
 
 Spans = tuple[int, int] | Sequence[tuple[int, int]]
+BORNE = 4.0  # nats that speak against a token of an anchor, and that it bears at a strength of a half
 ROOM = 32  # tokens that a span may gain, beside as many as it has
 
 
@@ -136,7 +137,7 @@ def _rewritten(processor: Processor, text: str, strength: float) -> list[Segment
     gap = Gap(0, 2 * own + ROOM)
     segments: list[Segment] = [gap]
     for part in parts if strength < 1 else []:
-        segments += [Anchor(tuple(part), held=1 - strength), gap]
+        segments += [Anchor(tuple(part), bears=BORNE * (1 - strength) / strength), gap]
     return segments
 
 

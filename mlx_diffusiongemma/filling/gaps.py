@@ -53,11 +53,11 @@ class Gap:
 class Anchor:
     """Text that may stay or go: it is kept where the model would write it too, wherever that is.
 
-    held: the nats of evidence against each of its tokens that it bears.
+    bears: the nats by which another token may be likelier than one of its own.
     """
 
     tokens: tuple[int, ...]
-    held: float
+    bears: float
 
 
 Segment = list[int] | Anchor | Gap
@@ -81,9 +81,14 @@ def given_tokens(segments: Sequence[Segment]) -> list[int]:
 
 
 def most_tokens(segments: Sequence[Segment]) -> int:
-    """The tokens of `segments` with as many in every gap as it takes."""
-    sizes = (segment.most if isinstance(segment, Gap) else len(tokens_of(segment)) for segment in segments)
-    return sum(sizes)
+    """The tokens of `segments` with as many in every gap as it takes; gaps between anchors have the first one's room."""
+    total = 0
+    for before, segment in zip([None, *segments], segments, strict=False):
+        if not isinstance(segment, Gap):
+            total += len(tokens_of(segment))
+        elif not isinstance(before, Anchor):
+            total += segment.most
+    return total
 
 
 def tokens_of(segment: list[int] | Anchor) -> Sequence[int]:

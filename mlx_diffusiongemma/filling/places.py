@@ -24,12 +24,13 @@ BEYOND = 4.0  # nats of evidence that a text needs to lie on a canvas where it m
 
 
 class Leg(NamedTuple):
-    """A gap, and the text that follows it. must: the text may not be left out. held: nats of evidence that it gets."""
+    """A gap, and the text that follows it. bears: None where the text must be kept; else it may be left out, and must
+    be where one of its tokens is by so many nats less likely than another.
+    """
 
     gap: Gap
     text: list[int]
-    must: bool = True
-    held: float = 0.0
+    bears: float | None = None
 
 
 class Place(NamedTuple):
@@ -60,38 +61,54 @@ class Watch:
     def __init__(self, model: DiffusionGemma, texts: Sequence[Sequence[int]]) -> None:
         self.ids = sorted({token for text in texts for token in text})
         self.column = {token: number for number, token in enumerate(self.ids)}
-        self.rows = vocabulary.embedding_rows(model.model.decoder.embed_tokens, mx.array(self.ids))
+        self.embedding = model.model.decoder.embed_tokens
+        self.rows = vocabulary.embedding_rows(self.embedding, mx.array(self.ids))
         self.cap, self.vocabulary = model.config.text.final_logit_softcapping, model.config.text.vocab_size
 
     def note(self, reading: Reading, hidden: mx.array, temperature: float | mx.array, jobs: Sequence[Job]) -> mx.array:
-        """The notes of a step: [B, L * ids], float32."""
+        """The notes of a step, [B, 2 L ids] float32: beside the evidence, the nats by which the likeliest token of each
+        position is likelier.
+        """
         heat = mx.array(temperature).reshape(-1, 1, 1)
         found = vocabulary.logits(self.rows, hidden, self.cap) / heat - reading.normaliser[..., None]
         opened = ~mx.array([job.canvas.pinned for job in jobs])[..., None]
         count = mx.maximum(opened.sum(axis=1, keepdims=True), 1)
         mean = mx.where(opened, mx.exp(found), 0).sum(axis=1, keepdims=True) / count
         chance = mx.log((1 - COMMON) * mean + COMMON / self.vocabulary)
-        return (found - chance).reshape(len(jobs), -1)
+        product = (self.embedding(reading.tokens) * hidden).sum(axis=-1, keepdims=True).astype(mx.float32)
+        peak = mx.tanh(product / self.cap) * self.cap / heat - reading.normaliser[..., None]
+        return mx.concatenate([(found - chance).reshape(len(jobs), -1), (peak - found).reshape(len(jobs), -1)], axis=1)
 
-    def along(self, notes: np.ndarray, text: Sequence[int], earlier: Sequence[int]) -> np.ndarray:
+    def along(
+        self, notes: np.ndarray, text: Sequence[int], earlier: Sequence[int], bears: float | None = None
+    ) -> np.ndarray:
         """Evidence for `text` at each place from -len(earlier) to the canvas's length L, [len(earlier) + L + 1].
 
         earlier: the tokens before the canvas: a text that begins there must be these, and go on here; what it has of
-        them is as likely as tokens on the canvas get. What would lie behind the canvas says nothing.
+        them is as likely as tokens on the canvas get. What would lie behind the canvas says nothing. bears: see `Leg`.
         """
-        by_position = notes.reshape(-1, len(self.ids))
+        evidence, short = notes.reshape(2, -1, len(self.ids))
         before, columns = len(earlier), [self.column[token] for token in text]
-        padded = np.zeros((before + 2 * len(by_position) + len(text), len(self.ids)))
-        padded[:before] = by_position.max(axis=0)
-        padded[before : before + len(by_position)] = by_position
-        total = np.zeros(before + len(by_position) + 1)
-        for offset, column in enumerate(columns):
-            total += padded[offset : offset + len(total), column]
+        total = _along(evidence, columns, before, evidence.max(axis=0))
+        if bears is not None:
+            total[_along(short > bears, columns, before, 0) > 0] = -np.inf
         for place in range(before):
             if list(earlier[place:]) != list(text[: before - place]):
                 total[place] = -np.inf
         total[-1] = 0.0
         return total
+
+
+def _along(by_position: np.ndarray, columns: Sequence[int], before: int, earlier: np.ndarray | int) -> np.ndarray:
+    """The sum over a text's tokens of what [L, ids] says of each in its place, for each place of the text."""
+    length = len(by_position)
+    padded = np.zeros((before + 2 * length + len(columns), by_position.shape[1]))
+    padded[:before] = earlier
+    padded[before : before + length] = by_position
+    total = np.zeros(before + length + 1)
+    for offset, column in enumerate(columns):
+        total += padded[offset : offset + len(total), column]
+    return total
 
 
 def rank(
@@ -216,7 +233,7 @@ def _ends(
     new[ends[inside]], place[ends[inside]] = placed[inside], np.arange(count)[inside]
     last = int(np.where(inside, -np.inf, placed).argmax())
     new[beyond], place[beyond] = placed[last] if not inside[last] else -np.inf, last
-    if not (leg.must or must_keep):
+    if leg.bears is not None and not must_keep:
         better = value > new
         new, place = np.where(better, value, new), np.where(better, -1, place)
     return new, _Ways(place, arrivals.origin, arrivals.option)

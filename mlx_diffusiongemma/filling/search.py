@@ -286,18 +286,24 @@ class GapFiller:
         self._check_cancelled()
 
     def _judged(self, window: Window, tries: list[Try]) -> list[Try]:
-        """The tries, the least surprising first."""
+        """The tries, the least surprising first; the likelier one at first, where nothing tells them apart."""
+        tries = sorted(tries, key=lambda each: -each.evidence)
+        legs = min(window.comparable(each.places) for each in tries)
+        found: list[float | None] = [None] * len(tries)
+        if len(tries) > 1 and legs:
+            rows = [window.filled(each.places, each.tokens, legs) for each in tries]
+            values = surprises(self.model, self.cache, rows, self.options.seed, self.is_over)
+            judged = sorted(zip(values, range(len(tries)), strict=True))
+            found = [value for value, _ in judged]
+            tries = [tries[number] for _, number in judged]
+            self.rivals = [
+                (window.cut(each.places, each.tokens, self.earlier), value)
+                for each, (value, _) in zip(tries, judged, strict=True)
+            ]
         number = len(self.steps) - 1
-        if len(tries) == 1:
-            self.attempts.append(Attempt(number, tries[0].layout.lengths, tries[0].evidence))
-            return tries
-        legs = min(len(window.spans(each.places)[: len(window.legs)]) for each in tries)  # whose texts all have here
-        rows = [window.filled(each.places, each.tokens, legs) for each in tries]
-        found = surprises(self.model, self.cache, rows, self.options.seed, self.is_over)
-        judged = sorted(zip(found, range(len(tries)), tries, strict=True))
-        self.attempts += [Attempt(number, each.layout.lengths, each.evidence, value) for value, _, each in judged]
-        self.rivals = [(window.cut(each.places, each.tokens, self.earlier), value) for value, _, each in judged]
-        return [each for _, _, each in judged]
+        lengths = ((each.layout.lengths, each.evidence) for each in tries)
+        self.attempts += [Attempt(number, *own, value) for own, value in zip(lengths, found, strict=True)]
+        return tries
 
     def _as_it_looks(self, window: Window, best: Try) -> Try:
         """The same with all texts where they look best."""

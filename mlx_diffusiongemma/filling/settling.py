@@ -131,15 +131,13 @@ class Settling:
         """All places by their evidence, those that are decided as they are."""
         assert self.watch is not None
         window, options = self.window, self.options
-        notes = step.notes.reshape(window.length, -1)
         fits, fillings = [], []
         for number, leg in enumerate(window.legs):
-            fit = self.watch.along(notes, leg.text, window.earlier)
-            fit[:-1] += leg.held
+            fit = self.watch.along(step.notes, leg.text, window.earlier, leg.bears)
             if number < len(places):
                 fit = _only(fit, places[number].start, len(window.earlier))
             fits.append(fit)
-            fillings.append([self.watch.along(notes, option, window.earlier) for option in leg.gap.options])
+            fillings.append([self.watch.along(step.notes, option, window.earlier) for option in leg.gap.options])
         behind = step.tokens[max(window.start, 0) :]
         ended = late and any(token in options.end_tokens for token in behind)  # a reply that ended goes on nowhere
         return rank(window.legs, window.start, window.length, fits, fillings, goes_on=not ended)

@@ -74,7 +74,7 @@ class Window:
         least, most = sum(gap.least for gap in self.gaps), sum(gap.most for gap in self.gaps)
         if least > room:
             return None
-        if most <= room or not all(leg.must for leg in self.legs):
+        if most <= room or any(leg.bears is not None for leg in self.legs):
             return self
         gaps = [gap.within(max(gap.least, room * gap.most // most)) for gap in self.gaps]
         legs = [leg._replace(gap=gap) for leg, gap in zip(self.legs, gaps, strict=False)]
@@ -85,7 +85,7 @@ class Window:
         places: list[Place] = []
         at = self.start
         for leg in self.legs:
-            if not (leg.gap.is_settled and leg.must) or at >= self.length:
+            if not (leg.gap.is_settled and leg.bears is None) or at >= self.length:
                 break
             places.append(Place(min(at + leg.gap.most, self.length)))
             at += leg.gap.most + len(leg.text)
@@ -116,6 +116,11 @@ class Window:
         """Values of a canvas's positions, gap by gap. earlier: those of the first gap's tokens on canvases before."""
         own = [*earlier, *values[len(self.lead) :]]
         return [own[start - self.start : stop - self.start] for start, stop in self.spans(places)]
+
+    def comparable(self, places: Sequence[Place]) -> int:
+        """The number of legs up to the last one on this canvas whose text may not be left out."""
+        own = self.legs[: len(self.spans(places))]
+        return max((number for number, leg in enumerate(own, 1) if leg.bears is None), default=0)
 
     def filled(self, places: Sequence[Place], tokens: list[int], legs: int) -> FilledCanvas:
         """The canvas with these tokens, for a judge: with the texts of its first legs, so many."""
@@ -191,8 +196,8 @@ def open_window(
                 legs.append(Leg(gap, []))
             gap, at = segment, at + segment.least
         elif gap is not None:
-            legs.append(Leg(gap, list(tokens_of(segment))[:most], must=isinstance(segment, list), held=_held(segment)))
-            gap, at = None, at + len(legs[-1].text) * legs[-1].must
+            legs.append(Leg(gap, list(tokens_of(segment))[:most], _bears(segment)))
+            gap, at = None, at + len(legs[-1].text) * (legs[-1].bears is None)
     if ending is None:
         return Window(length, lead, earlier, legs, gap, None)
     last = Leg(gap, []) if gap is not None else legs.pop()
@@ -200,7 +205,5 @@ def open_window(
     return Window(length, lead, earlier, [*legs, last._replace(text=filled[:most])], None, len(last.text) + 1)
 
 
-def _held(segment: list[int] | Anchor) -> float:
-    return 0.0 if isinstance(segment, list) else segment.held * len(segment.tokens)
-
-
+def _bears(segment: list[int] | Anchor) -> float | None:
+    return None if isinstance(segment, list) else segment.bears
