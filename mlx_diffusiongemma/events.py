@@ -52,8 +52,8 @@ class Draft:
 
     `accepted` marks the positions whose sample goes into the next step's canvas; `entropy` is in nats per position,
     after the step's temperature. `step` counts from 1. `parts` are what the reply would gain, told apart as in
-    `Commit`, and `text` is the visible part of it. `pieces` says what each token adds to them, of whatever kind. `holes`
-    are the first position of each hole in the text and the one after its last, as it looks at this step.
+    `Commit`, and `text` is the visible part of it. `pieces` says what each token adds to them, of whatever kind.
+    `holes` are the first of `tokens` in each hole of a text and the one after its last, as it looks at this step.
     """
 
     canvas: int

@@ -16,7 +16,7 @@ from ..events import Event, Result
 from ..generation.request import make_request, request_options
 from ..options import GenerationOptions
 from .gaps import Anchor, Gap, Piece, Segment, Span, text_tokens
-from .infilling import reply_ending
+from .infilling import check_milliseconds, reply_ending
 from .search import Attempt, GapFiller
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def edit(
     spans = _checked(text, span)
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
         raise PromptError(f"strength is {strength!r}; give 0 (keep) to 1 (from noise).")
+    check_milliseconds(milliseconds)
     if strength == 0:
         return Edited(text)
     settings = request_options(model, options, seed=seed)
@@ -93,6 +94,7 @@ def edit(
         reply_ending(processor, is_reply=True),
         [*pieces, text[done:]],
         replies=True,
+        keeps_drafts=milliseconds is not None,
         seconds=None if milliseconds is None else milliseconds / 1000,
         on_event=on_event,
     )
@@ -122,8 +124,8 @@ def _checked(text: str, span: Spans | None) -> list[tuple[int, int]]:
             )
         if not 0 <= each[0] < each[1] <= len(text):
             raise PromptError(
-                f"The span {each[0]}:{each[1]} does not lie in the text, which has {len(text)} characters; give a first "
-                "one and the one after the last."
+                f"The span {each[0]}:{each[1]} does not lie in the text, which has {len(text)} characters; give the "
+                "first one and the one after the last."
             )
     if not spans or any(one[1] > other[0] for one, other in itertools.pairwise(spans)):
         raise PromptError("Give one span or more, in order; none may begin before the last one ends.")
@@ -144,7 +146,7 @@ def _rewritten(processor: Processor, text: str, strength: float) -> list[Segment
 def _parts(text: str) -> list[str]:
     """The lines of a text, or the words of a line, each with the space behind it."""
     lines = _lines(text)
-    return lines if len(lines) > 1 else [part for part in re.findall(r"\s+|\S+\s*", text) if part]
+    return lines if len(lines) > 1 else re.findall(r"\S+\s*|\s+", text)
 
 
 def _written(processor: Processor, old: str, tokens: list[int] | None) -> str:

@@ -12,17 +12,19 @@ from .denoisers import Allowed
 if TYPE_CHECKING:
     from ..processing.processor import Processor
 
+
 @dataclass(frozen=True)
 class Gap:
     """Room in a text for `least` to `most` tokens.
 
-    draft: what to start from instead of noise. options: the only ways to fill it, if there are any; `least` and `most`
-    are theirs. digits: the ids of 0 to 9 where it is a number without leading zeros.
+    draft: what to start from instead of noise. stop: texts that end it. options: the only ways to fill it, if there are
+    any; `least` and `most` are theirs. digits: the ids of 0 to 9 where it is a number without leading zeros.
     """
 
     least: int
     most: int
     draft: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
     options: tuple[tuple[int, ...], ...] = ()
     digits: tuple[int, ...] = ()
 
@@ -46,7 +48,8 @@ class Gap:
         """What each position may hold where it has so many tokens."""
         if not self.digits:
             return [None] * length
-        return [self.digits if length == 1 else self.digits[1:], *[self.digits] * (length - 1)][:length]
+        first: Allowed = self.digits if length == 1 else self.digits[1:]
+        return [first, *[self.digits] * (length - 1)][:length]
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,18 @@ class Span:
 Piece = str | Span  # of a text
 
 
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the strings that end it."""
+    places = [place for each in stop if (place := text.find(each)) >= 0]
+    return text[: min(places, default=len(text))]
+
+
 def given_tokens(segments: Sequence[Segment]) -> list[int]:
     return [token for segment in segments if isinstance(segment, list) for token in segment]
 
 
 def most_tokens(segments: Sequence[Segment]) -> int:
-    """The tokens of `segments` with as many in every gap as it takes; gaps between anchors have the first one's room."""
+    """The tokens of `segments` with as many in every gap as it takes. Those between anchors have the first one's room."""
     total = 0
     for before, segment in zip([None, *segments], segments, strict=False):
         if not isinstance(segment, Gap):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from .scoring import POSITIONS, Cancelled, Probe, log_probabilities, log_softmax_at, noise_canvases
 
@@ -69,8 +70,7 @@ def read_on(
     values: list[float] = [] if known else [0.0]
     for first in range(0, len(asked), POSITIONS):
         logits = model.logits(hidden[None, first : first + POSITIONS])[0]
-        found: list[float] = log_softmax_at(logits, mx.array(asked[first : first + POSITIONS])).tolist()
-        values += found
+        values += np.array(log_softmax_at(logits, mx.array(list(asked[first : first + POSITIONS])))).tolist()
     return values
 
 

@@ -1,5 +1,5 @@
-"""Where on a canvas the text after a gap belongs, read off a step instead of tried: one forward pass says for every place
-how much likelier the text is there than by chance.
+"""Where on a canvas the text after a gap belongs, read off a step instead of tried: one forward pass says for every
+place how much likelier the text is there than by chance.
 """
 
 from __future__ import annotations
@@ -112,7 +112,12 @@ def _along(by_position: np.ndarray, columns: Sequence[int], before: int, earlier
 
 
 def rank(
-    legs: Sequence[Leg], start: int, length: int, fits: Sequence[np.ndarray], options: Sequence[Sequence[np.ndarray]], goes_on: bool
+    legs: Sequence[Leg],
+    start: int,
+    length: int,
+    fits: Sequence[np.ndarray],
+    options: Sequence[Sequence[np.ndarray]],
+    goes_on: bool,
 ) -> list[Ranked]:
     """The best places for the texts of `legs` on a canvas of `length`, then rivals, each the best of those that put
     one text elsewhere or fill one gap otherwise.

@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from ..checkpoints.memory import PeakMemory
 from ..errors import PromptError
 from ..events import Commit, Done, Draft, Event, Filled, FinishReason, Prefill, Stats
 from ..generation.prefix import encode_prompt
-from .gaps import Anchor, Gap, Piece, Segment, given_tokens, most_tokens
+from .gaps import Anchor, Gap, Piece, Segment, before_stop, given_tokens, most_tokens
 from .judging import surprises
 from .scoring import Cancelled, reply_opening
 from .settling import Settling, Try
@@ -61,12 +61,13 @@ class GapFiller:
     pieces: the text that all this makes.
     replies: an empty thought comes first where the model begins its replies with one.
     at_once: the text counts only when every gap is filled; else what precedes the first open gap is certain.
+    keeps_drafts: where it ends early, the gaps of the canvas at work are filled with their last draft.
     tries: how many ways to fill a canvas are denoised; None is one, or up to three where they are hard to tell apart.
     seconds: after which the best so far is kept.
     on_event: is called with `Prefill`s, then `Draft`s of the most certain try, a `Filled` as gaps are decided and
     `Commit`s of the text that became certain, then `Done`. Joined, the commits are `text`.
-    The request's `max_tokens` bounds all gaps together. Cancelled, the gaps of the canvas at work keep their last
-    draft. Raises PromptError where the prompt and everything else is longer than the context.
+    The request's `max_tokens` bounds all gaps together. Raises PromptError where the prompt and all that is needed of
+    the rest are longer than the context.
     """
 
     def __init__(
@@ -80,13 +81,15 @@ class GapFiller:
         *,
         replies: bool,
         at_once: bool = False,
+        keeps_drafts: bool = True,
         tries: int | None = None,
         seconds: float | None = None,
         on_event: Callable[[Event], object] | None = None,
     ):
         self.model, self.processor, self.request, self.options = model, processor, request, request.options
         self.segments, self.ending, self.replies = list(segments), ending, replies
-        self.pieces, self.at_once, self.tries, self.seconds = pieces, at_once, tries, seconds
+        self.pieces, self.at_once, self.keeps_drafts = pieces, at_once, keeps_drafts and not at_once
+        self.tries, self.seconds = tries, seconds
         self.report = on_event or (lambda event: None)
         self.reported = 0  # characters of the text that commits had
         self.unreported = NOTHING
@@ -107,7 +110,8 @@ class GapFiller:
         self._check_room()
 
     def _check_room(self) -> None:
-        total = len(self.request.prompt.tokens) + most_tokens(self.segments)
+        last = max(index for index, segment in enumerate(self.segments) if isinstance(segment, Gap))
+        total = len(self.request.prompt.tokens) + most_tokens(self.segments[: last + 1])
         most = self.model.config.text.max_position_embeddings - 2 * self.length
         if total > most:
             raise PromptError(
@@ -126,9 +130,12 @@ class GapFiller:
 
     def text_with(self, last: Sequence[list[int]]) -> str:
         """The whole text with other tokens in the last gaps; what stands for a gap while it is open stands there."""
-        filled = [*self.filled[: len(self.filled) - len(last)], *last]
-        texts = zip(self.pieces, self._read(filled), strict=True)
+        texts = zip(self.pieces, self._read(self.filled_with(last)), strict=True)
         return "".join((text if text is not None else piece.read(None)) for piece, text in texts)  # type: ignore[union-attr]
+
+    def filled_with(self, last: Sequence[list[int]]) -> list[list[int]]:
+        """The tokens of each gap, with others in the last ones."""
+        return [*self.filled[: len(self.filled) - len(last)], *last]
 
     def run(self, finish: Callable[[], None] = lambda: None) -> Stats:
         """Fill every gap, in order; `filled`, `attempts`, `steps` and `finish_reason` say how. Returns what it cost.
@@ -227,7 +234,7 @@ class GapFiller:
         try:
             tries = self._judged(shared, settling.tried())
         except Cancelled:
-            if self.best is not None and not self.at_once:
+            if self.best is not None and self.keeps_drafts:
                 self._take(first, shared, self._as_it_looks(shared, self.best), is_over=True)
             raise
         best = self.best = tries[0]
@@ -257,10 +264,10 @@ class GapFiller:
         index = first
         for number, (tokens, own) in enumerate(zip(fillings, doubts, strict=True)):
             gap = window.gaps[number]
-            kept = tokens[: next((at for at, token in enumerate(tokens) if token in self.options.end_tokens), gap.most)]
+            kept = self._before_end(gap, tokens)
             is_last = number == len(window.legs)
-            is_known = len(kept) < len(tokens) or len(kept) == gap.most if is_last else window.is_placed(places, number)
-            if not is_known and not is_over:
+            ended = len(kept) < len(tokens) or len(kept) == gap.most
+            if not is_over and not (ended if is_last else window.is_placed(places, number) or (gap.stop and ended)):
                 self.earlier, self.doubts = tokens, own
                 break
             if is_last:
@@ -272,6 +279,17 @@ class GapFiller:
                 self._settle(index, [] if places[number].start is None else list(anchor.tokens), [])
             index += anchor is not None and not isinstance(anchor, Gap)
         return max(end, len(window.lead))
+
+    def _before_end(self, gap: Gap, tokens: list[int]) -> list[int]:
+        """What of `tokens` fills a gap: at most as many as it takes, up to an end token or what stops it."""
+        ends = (at for at, token in enumerate(tokens) if token in self.options.end_tokens)
+        kept = tokens[: min(next(ends, gap.most), gap.most)]
+        text = self.processor.draft_text(kept)
+        wanted = len(before_stop(text, gap.stop))
+        if wanted < len(text):
+            counts = range(len(kept) + 1)
+            kept = kept[: next(count for count in counts if len(self.processor.draft_text(kept[:count])) >= wanted)]
+        return kept
 
     def _settle(self, index: int, tokens: list[int], entropies: list[float]) -> None:
         self.segments[index] = tokens

@@ -189,11 +189,12 @@ def open_window(
     legs: list[Leg] = []
     gap: Gap | None = None
     for segment in segments:
-        if at >= length:
+        if gap is not None and isinstance(segment, Gap):
+            legs.append(Leg(gap, []))
+            gap = None
+        if gap is None and at >= length:
             return Window(length, lead, earlier, legs, None, None)
         if isinstance(segment, Gap):
-            if gap is not None:
-                legs.append(Leg(gap, []))
             gap, at = segment, at + segment.least
         elif gap is not None:
             legs.append(Leg(gap, list(tokens_of(segment))[:most], _bears(segment)))
