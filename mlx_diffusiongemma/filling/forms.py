@@ -100,7 +100,7 @@ def fill(
     ]
     ending = reply_ending(processor, instruction is not None)
     thought = processor.tokenizer.encode(EMPTY_THOUGHT, add_special_tokens=False)  # which may come first
-    needed = len(thought) + most_tokens(segments) + len(ending or ())
+    needed = len(thought) + most_tokens([*segments, Gap(0, len(ending or ()))])
     if needed > settings.canvas_length:
         raise PromptError(
             f"The template takes up to {needed} tokens; a canvas has {settings.canvas_length}, so fill it in parts."

@@ -90,9 +90,12 @@ def given_tokens(segments: Sequence[Segment]) -> list[int]:
 
 
 def most_tokens(segments: Sequence[Segment]) -> int:
-    """The tokens of `segments` with as many in every gap as it takes. Those between anchors have the first one's room."""
+    """The tokens of `segments` up to the last gap, with as many in every gap as it takes. Those between anchors have
+    the first one's room.
+    """
+    last = max((index for index, segment in enumerate(segments) if isinstance(segment, Gap)), default=-1)
     total = 0
-    for before, segment in zip([None, *segments], segments, strict=False):
+    for before, segment in zip([None, *segments], segments[: last + 1], strict=False):
         if not isinstance(segment, Gap):
             total += len(tokens_of(segment))
         elif not isinstance(before, Anchor):

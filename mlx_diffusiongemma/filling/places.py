@@ -98,6 +98,13 @@ class Watch:
         total[-1] = 0.0
         return total
 
+    def against(self, notes: np.ndarray, text: Sequence[int], place: int) -> float:
+        """By how many nats the model would rather have another token at one of a text's positions: the most."""
+        _, short = notes.reshape(2, -1, len(self.ids))
+        shown = text[max(-place, 0) : max(len(short) - place, 0)]
+        first = max(place, 0)
+        return max((short[first + at, self.column[token]] for at, token in enumerate(shown)), default=0.0)
+
 
 def _along(by_position: np.ndarray, columns: Sequence[int], before: int, earlier: np.ndarray | int) -> np.ndarray:
     """The sum over a text's tokens of what [L, ids] says of each in its place, for each place of the text."""
@@ -118,9 +125,10 @@ def rank(
     fits: Sequence[np.ndarray],
     options: Sequence[Sequence[np.ndarray]],
     goes_on: bool,
+    wanted: int,
 ) -> list[Ranked]:
-    """The best places for the texts of `legs` on a canvas of `length`, then rivals, each the best of those that put
-    one text elsewhere or fill one gap otherwise.
+    """The best places for the texts of `legs` on a canvas of `length`, then rivals, the best first: for each text, as
+    many as are `wanted`, each the best of those that put it where none before did or fill its gap otherwise.
 
     start: of the first gap; before 0 where it began on an earlier canvas. fits: for each leg its text's evidence at
     each place from min(start, 0) to `length`, -inf where it cannot be. options: likewise that of each of the gap's.
@@ -129,11 +137,16 @@ def rank(
     best = _best(legs, start, length, fits, options, goes_on, ())
     if best is None:
         return []
-    rivals = []
+    rivals: list[Ranked] = []
     for number, place in enumerate(best.places):
-        rival = _best(legs, start, length, fits, options, goes_on, {(number, place)})
-        if rival is not None and rival not in rivals:
-            rivals.append(rival)
+        banned = {(number, place)}
+        for _ in range(wanted):
+            rival = _best(legs, start, length, fits, options, goes_on, banned)
+            if rival is None:
+                break
+            banned.add((number, rival.places[number]))
+            if rival not in rivals:
+                rivals.append(rival)
     return [best, *sorted(rivals, key=lambda rival: -rival.evidence)]
 
 

@@ -110,8 +110,7 @@ class GapFiller:
         self._check_room()
 
     def _check_room(self) -> None:
-        last = max(index for index, segment in enumerate(self.segments) if isinstance(segment, Gap))
-        total = len(self.request.prompt.tokens) + most_tokens(self.segments[: last + 1])
+        total = len(self.request.prompt.tokens) + most_tokens(self.segments)
         most = self.model.config.text.max_position_embeddings - 2 * self.length
         if total > most:
             raise PromptError(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DECIDED = 4.0  # nats between the best places and their rivals, from which on they count as known
 OPEN_STEPS = 4  # after which rivals are denoised beside the best
+REFUTED = 6.0  # nats by which another token was likelier, from which on a canvas that saw it begins anew
 ROWS = 3  # the best and its rivals, where the caller asks for no more
 
 
@@ -97,7 +98,7 @@ class Settling:
         with closing(self.run.steps()) as steps:
             for count, shown in enumerate(steps, 1):
                 now = [self._follow(step) for step in shown]
-                self.shown(count, min(now, key=lambda each: sum(each.entropy)))
+                self.shown(count, min(now, key=lambda each: sum(each.entropy) - each.evidence))
                 over = [step for step in shown if step.finished and step.job in self.work]
                 self.done += [self.work[step.job] for step in over]
                 last = min([last, *(2 * step.number for step in over)])
@@ -140,7 +141,8 @@ class Settling:
             fillings.append([self.watch.along(step.notes, option, window.earlier) for option in leg.gap.options])
         behind = step.tokens[max(window.start, 0) :]
         ended = late and any(token in options.end_tokens for token in behind)  # a reply that ended goes on nowhere
-        return rank(window.legs, window.start, window.length, fits, fillings, goes_on=not ended)
+        wanted = 1 if self.tries is None else self.tries - 1
+        return rank(window.legs, window.start, window.length, fits, fillings, not ended, wanted)
 
     def _rows(self, ranked: list[Ranked], late: bool) -> list[tuple[Place, ...]]:
         """The places to go on with: those that all close rivals agree on; late, those of each rival."""
@@ -162,7 +164,9 @@ class Settling:
         return any(stop == self.window.length for _, stop in self.window.spans(places)[: len(self.window.legs)])
 
     def _go_on(self, now: Try, step: Step, rows: Sequence[tuple[Place, ...]]) -> None:
-        """Let rows with these places go on where a row is; they begin anew from its tokens where it is done already."""
+        """Let rows with these places go on where a row is; from its tokens where it is done already, and from noise
+        where it was sure of something else than the texts that are now in place.
+        """
         del self.work[step.job]
         jobs: list[Job] = []
         for row, places in enumerate(rows):
@@ -170,6 +174,9 @@ class Settling:
             follower = replace(now, places=places, layout=layout, is_rival=len(rows) > 1)
             if all(layout.canvas.pinned):
                 self.done.append(follower)
+            elif self._is_refuted(places, step):
+                begun = replace(follower, layout=self.window.lay_out(places), step=None)
+                self.run.add(self._job(begun, row, attempt=1))
             elif step.finished:
                 begun = replace(follower, layout=layout.beginning_with(step.tokens), step=None)
                 self.run.add(self._job(begun, row, attempt=1))
@@ -179,6 +186,14 @@ class Settling:
             self.run.replace(step.job, jobs)
         else:
             self.run.drop([step.job])
+
+    def _is_refuted(self, places: Sequence[Place], step: Step) -> bool:
+        """Whether the step was sure of something else than the texts in their places."""
+        assert self.watch is not None
+        kept = [(leg, place.start) for leg, place in zip(self.window.legs, places, strict=False)]
+        return any(
+            start is not None and self.watch.against(step.notes, leg.text, start) > REFUTED for leg, start in kept
+        )
 
 
 def _only(fit: np.ndarray, place: int | None, before: int) -> np.ndarray:
