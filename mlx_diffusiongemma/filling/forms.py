@@ -16,8 +16,7 @@ from ..generation.request import make_request, request_options
 from ..options import GenerationOptions
 from .gaps import Gap, Segment, Span, most_tokens, text_tokens
 from .infilling import Instruction, reply_ending
-from .judging import probe
-from .scoring import EMPTY_THOUGHT, log_probabilities, noise_canvases
+from .scoring import EMPTY_THOUGHT, log_probabilities, noise_canvases, probe
 from .search import Attempt, GapFiller
 
 if TYPE_CHECKING:

@@ -45,7 +45,7 @@ class Gap:
         return replace(self, most=min(self.most, most), options=options)
 
     def allowed(self, length: int) -> list[Allowed]:
-        """What each position may hold where it has so many tokens."""
+        """List what each position may hold where it has so many tokens."""
         if not self.digits:
             return [None] * length
         first: Allowed = self.digits if length == 1 else self.digits[1:]

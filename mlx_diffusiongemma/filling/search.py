@@ -17,8 +17,7 @@ from ..errors import PromptError
 from ..events import Commit, Done, Draft, Event, Filled, FinishReason, Prefill, Stats
 from ..generation.prefix import encode_prompt
 from .gaps import Anchor, Gap, Piece, Segment, before_stop, given_tokens, most_tokens
-from .judging import surprises
-from .scoring import Cancelled, reply_opening
+from .scoring import Cancelled, reply_opening, surprises
 from .settling import Settling, Try
 from .window import Window, open_window
 

@@ -61,7 +61,7 @@ class Settling:
     from where it is. What is still undecided after OPEN_STEPS goes on as several rows.
 
     window: what may lie there. number: the canvas's. tries: rows to denoise in any case; None leaves it to the
-    evidence. shown: is told of each step: its number among all, and the surest row with its places as they look best.
+    evidence. shown: is told of each step: its number among all, and the likeliest row.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Settling:
         with closing(self.run.steps()) as steps:
             for count, shown in enumerate(steps, 1):
                 now = [self._follow(step) for step in shown]
-                self.shown(count, min(now, key=lambda each: sum(each.entropy) - each.evidence))
+                self.shown(count, max([*now, *self.done], key=lambda each: each.evidence))
                 over = [step for step in shown if step.finished and step.job in self.work]
                 self.done += [self.work[step.job] for step in over]
                 last = min([last, *(2 * step.number for step in over)])
@@ -122,7 +122,7 @@ class Settling:
             ranked = self._ranked(now.places, step, late)
             now = replace(now, seen=ranked[0] if ranked else None)
             rows = self._rows(ranked, late)
-            if max(map(len, rows), default=0) > len(now.places):
+            if any(len(places) > len(now.places) for places, _ in rows):
                 self._go_on(now, step, rows)
                 return now
         self.work[step.job] = now
@@ -144,34 +144,34 @@ class Settling:
         wanted = 1 if self.tries is None else self.tries - 1
         return rank(window.legs, window.start, window.length, fits, fillings, not ended, wanted)
 
-    def _rows(self, ranked: list[Ranked], late: bool) -> list[tuple[Place, ...]]:
+    def _rows(self, ranked: list[Ranked], late: bool) -> list[tuple[tuple[Place, ...], Ranked]]:
         """The places to go on with: those that all close rivals agree on; late, those of each rival."""
-        close = [each for each in ranked if ranked[0].evidence - each.evidence < DECIDED]
-        rivals = [each.places for each in (close if self.tries is None else ranked) if not self._goes_on(each.places)]
+        close = [each for each in ranked if ranked[0].evidence - each.evidence < DECIDED]  # the best among them
+        rivals = [each for each in (close if self.tries is None else ranked) if not self._goes_on(each.places)]
         is_open = late and (not close or self._goes_on(close[0].places))
         wanted = ROWS if self.tries is None else self.tries
         if not is_open and wanted > 1 and (late or (self.tries is not None and len(close) == 1)):
-            return rivals[:wanted]
+            return [(each.places, each) for each in rivals[:wanted]]
         agreed: list[Place] = []
         for same in zip(*(each.places for each in (close[:1] if is_open else close)), strict=False):
             if len(set(same)) > 1 or same[0].start == self.window.length:
                 break
             agreed.append(same[0])
-        return [tuple(agreed)]
+        return [(tuple(agreed), ranked[0])] if ranked else []
 
     def _goes_on(self, places: Sequence[Place]) -> bool:
         """Whether a gap goes on beyond the canvas."""
         return any(stop == self.window.length for _, stop in self.window.spans(places)[: len(self.window.legs)])
 
-    def _go_on(self, now: Try, step: Step, rows: Sequence[tuple[Place, ...]]) -> None:
+    def _go_on(self, now: Try, step: Step, rows: Sequence[tuple[tuple[Place, ...], Ranked]]) -> None:
         """Let rows with these places go on where a row is; from its tokens where it is done already, and from noise
         where it was sure of something else than the texts that are now in place.
         """
         del self.work[step.job]
         jobs: list[Job] = []
-        for row, places in enumerate(rows):
+        for row, (places, seen) in enumerate(rows):
             layout = self.window.lay_out(places, drafted=len(now.places) + 1)
-            follower = replace(now, places=places, layout=layout, is_rival=len(rows) > 1)
+            follower = replace(now, places=places, layout=layout, seen=seen, is_rival=len(rows) > 1)
             if all(layout.canvas.pinned):
                 self.done.append(follower)
             elif self._is_refuted(places, step):

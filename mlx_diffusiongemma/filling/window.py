@@ -1,4 +1,4 @@
-"""How a text with gaps lies on a canvas, wherever in it its parts begin."""
+"""Laying a text with gaps on a canvas, whichever places its parts turn out to have."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import NamedTuple, TypeVar
 from ..generation.canvas import Canvas
 from .denoisers import Allowed
 from .gaps import Anchor, Gap, Segment, tokens_of
-from .judging import FilledCanvas
 from .places import Leg, Place
+from .scoring import FilledCanvas
 
 T = TypeVar("T")
 
@@ -45,7 +45,7 @@ class GappedCanvas(NamedTuple):
 
 @dataclass(frozen=True)
 class Window:
-    """What may lie on one canvas of `length`: `lead`, pinned, then gaps and texts.
+    """All that may lie on one canvas of `length`: `lead`, pinned, then gaps and texts.
 
     earlier: the tokens of the first gap that lie on canvases before. last: a gap behind all text. end: the tokens of
     the last leg's text up to the end of the whole text and the first of its ending, where that is among the legs.
