@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Annotated, Any
 
 import typer
@@ -14,12 +18,13 @@ from typer.core import TyperGroup
 from .commands.bench import bench
 from .commands.chatting.chat import chat
 from .commands.check import check
-from .commands.common import Verb
+from .commands.common import Verb, notice
 from .commands.convert import EPILOG, convert
 from .commands.demo import demo
 from .commands.edit import edit
 from .commands.generate import generate
 from .commands.infill import infill
+from .commands.keeping.logs import logs
 from .commands.models import models
 from .commands.replay import replay
 from .errors import DiffusionGemmaError
@@ -33,10 +38,11 @@ EXAMPLES = {
     "generate": """
         mlx-dg generate "Why is the sky blue?"
         git diff | mlx-dg generate --system "Write a commit message."
-        mlx-dg generate "What is this?" --image photo.jpg --mode fast
-        mlx-dg generate "Tell me a story" --trace story.jsonl --heat""",
+        mlx-dg generate "What is this?" --image photo.jpg --decoder ar
+        mlx-dg generate "Tell me a story" --trace story.jsonl --heat
+        mlx-dg generate -c 'Make it shorter.'""",
     "chat": """
-        mlx-dg chat
+        mlx-dg chat -c
         mlx-dg chat --system "Be brief." --thinking
         mlx-dg chat --tools tools.py --mode fast
         mlx-dg chat < questions.txt > answers.txt""",
@@ -50,7 +56,8 @@ EXAMPLES = {
         mlx-dg edit client.py "add types" --lines 1:30 --write""",
     "demo": """
         mlx-dg demo
-        mlx-dg demo --seed 7 --canvas""",
+        mlx-dg demo --seed 7 --canvas
+        mlx-dg demo --json""",
     "check": """
         mlx-dg check diffusiongemma-26B-A4B-it-4bit
         mlx-dg check ./my-finetune-8bit && echo fine""",
@@ -68,6 +75,11 @@ EXAMPLES = {
         mlx-dg generate "Hello" --model my-finetune-8bit
         mlx-dg models remove my-finetune-8bit
         mlx-dg models remove my-finetune-8bit --keep-files""",
+    "logs": """
+        mlx-dg logs -n 5
+        mlx-dg logs show
+        mlx-dg logs show 20261121-2023 --json
+        mlx-dg logs remove --all""",
 }
 
 # What helps where the system refuses, by its reason.
@@ -87,31 +99,77 @@ HINTS = {
 }
 
 
+class _Ended(BaseException):
+    """The system, or whoever closed the terminal, ends the process: by the signal of this number."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
+@contextmanager
+def _ending_cleanly() -> Iterator[None]:
+    """Let signals that would end the process on the spot raise `_Ended`, so that no unfinished file is left behind."""
+    ending = [number for name in ("SIGTERM", "SIGHUP") if (number := getattr(signal, name, None))]
+    if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
+        ending = []
+
+    def end(number: int, frame: object) -> None:
+        for other in ending:  # a second one must not interrupt the cleaning up
+            signal.signal(other, signal.SIG_IGN)
+        raise _Ended(number)
+
+    # What is ignored, as `nohup` has it, stays so.
+    before = {number: signal.signal(number, end) for number in ending if signal.getsignal(number) == signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _in_sentences() -> Iterator[None]:
+    """Turn what a user can do something about into one sentence and an exit code."""
+    try:
+        yield
+    except DiffusionGemmaError as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except _Ended as ended:
+        sys.stdout = None  # there may be nobody to write to any more
+        with suppress(OSError):
+            notice(signal.strsignal(ended.number) or "ended")
+        raise typer.Exit(128 + ended.number) from None
+    except BrokenPipeError:
+        # Whoever read the answer has seen enough; the interpreter must not complain about it either.
+        sys.stdout = None
+        raise typer.Exit(0) from None
+    except OSError as error:
+        if error.filename is None:  # what cannot be written cannot be written at the exit either
+            sys.stdout = None
+        _fail(_sentence(error), 1)
+
+
 class _Verbs(TyperGroup):
-    """Turns what a user can do something about into one sentence and an exit code."""
+    """The verbs, whose errors are printed, not raised."""
+
+    def make_context(self, *given: Any, **named: Any) -> Any:
+        """Read the options before the verb, of which some print and exit."""
+        with _in_sentences():
+            return super().make_context(*given, **named)
 
     def invoke(self, context: Any) -> Any:
-        """Run a verb; its errors are printed, not raised."""
-        try:
-            result = super().invoke(context)
+        """Run a verb."""
+        with _in_sentences():
+            with _ending_cleanly():
+                result = super().invoke(context)
             sys.stdout.flush()
             return result
-        except DiffusionGemmaError as error:
-            _fail(str(error), 1)
-        except KeyboardInterrupt:
-            _fail("interrupted", 130)
-        except BrokenPipeError:
-            # Whoever read the answer has seen enough; the interpreter must not complain about it either.
-            sys.stdout = None
-            raise typer.Exit(0) from None
-        except OSError as error:
-            if error.filename is None:  # what cannot be written cannot be written at the exit either
-                sys.stdout = None
-            _fail(_sentence(error), 1)
 
 
 def _fail(sentence: str, code: int) -> None:
-    typer.echo(f"mlx-dg: {sentence}", err=True)
+    notice(sentence)
     raise typer.Exit(code) from None
 
 
@@ -135,11 +193,19 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command with what is in `sys.argv`."""
+    _open_what_is_closed()
     # Pillow's remarks on odd files; what cannot be read is an error of ours.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     # Transformers' remark that PyTorch is not installed, of which it needs only tokenizers here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     app()
+
+
+def _open_what_is_closed() -> None:
+    """Open standard streams that the process was started without (`<&-`): else other files would get their numbers."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
 
 
 def _print_version(show: bool) -> None:
@@ -193,6 +259,7 @@ app.command(cls=Verb, epilog=_epilog("infill"), short_help="Fill the holes in a 
 app.command(cls=Verb, epilog=_epilog("edit"), short_help="Rewrite some lines of a file; print the diff.")(edit)
 app.command(cls=Verb, epilog=_epilog("demo"), short_help="Run the small checkpoint in this package.")(demo)
 app.add_typer(models, name="models", epilog=_epilog("models"), short_help="List the models known here; remove one.")
+app.add_typer(logs, name="logs", epilog=_epilog("logs"), short_help="List, print or delete kept conversations.")
 app.command(cls=Verb, epilog=_epilog("check"), short_help="Read a checkpoint and say what is wrong with it.")(check)
 app.command(cls=Verb, epilog=_epilog("replay"), short_help="Play a recorded generation again, or draw it.")(replay)
 app.command(cls=Verb, epilog=_epilog("bench"), short_help="Measure this machine, and where the time goes.")(bench)

@@ -76,7 +76,9 @@ class Draft:
 class Commit:
     """A finished canvas: its tokens before the first end token, and the text that became certain with it.
 
-    `tool_calls` are the calls among `parts` that can be read; one that cannot is there as it was written.
+    A causal decoder commits what it is certain of: a token, or those of a draft that it keeps. `steps` counts the
+    denoising steps behind them. `tool_calls` are the calls among `parts` that can be read; one that cannot is there as
+    it was written.
     """
 
     canvas: int
@@ -95,13 +97,16 @@ class Stats:
     """The cost of a request. Times are seconds of wall clock, memory is bytes.
 
     `cached_tokens` of the prompt's were not encoded again; `generated_tokens` counts what was committed; `steps` holds
-    the denoising steps of each canvas; `retries` counts the empty first canvases that were denoised again.
+    the denoising steps of each canvas; `retries` counts the empty first canvases that were denoised again. `passes`
+    counts the causal passes behind the reply: one for each canvas that another one follows, for each token that is
+    written left to right, or for each draft that is verified.
     """
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
     steps: list[int] = field(default_factory=list)
+    passes: int = 0
     retries: int = 0
     prompt_seconds: float = 0.0
     denoise_seconds: float = 0.0
@@ -119,6 +124,15 @@ class Stats:
     @property
     def steps_per_canvas(self) -> float:
         return sum(self.steps) / len(self.steps) if self.steps else 0.0
+
+    @property
+    def forwards(self) -> int:
+        """Count how often the reply went through the layers: denoising steps and causal passes."""
+        return sum(self.steps) + self.passes
+
+    @property
+    def tokens_per_pass(self) -> float:
+        return self.generated_tokens / self.passes if self.passes else 0.0
 
     @property
     def tokens_per_step(self) -> float:

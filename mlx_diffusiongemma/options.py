@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .config import check_object, is_whole, read_json
 from .errors import CheckpointError, PromptError
+
+Decoder = Literal["diffusion", "autoregressive", "speculative"]
+DECODERS: tuple[Decoder, ...] = ("diffusion", "autoregressive", "speculative")
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,13 @@ class GenerationOptions:
     stop: strings that end a reply; they are not part of it.
     seed: of every random draw. None: another one each time.
     retries: how often a first canvas that would make the reply empty is denoised again. 0: as the model has it.
-    canvas_length: tokens per canvas, at most the checkpoint's.
+    canvas_length: tokens per canvas, at most the checkpoint's. Of the speculative decoder: of its longest draft.
+    active_rows: compute only the rows of a reply's canvas that have not settled, which is approximate: see
+        `generation.decoders.active_rows`. Infilling and editing always compute all.
+    decoder: "diffusion" denoises canvas after canvas; "autoregressive" writes a token at a time, left to right, with
+        the encoder; "speculative" drafts on a canvas, and keeps what the encoder would have written.
+    temperature, top_p, top_k, min_p, repetition_penalty: how the latter two choose tokens, as mlx-lm's sampler
+        does. temperature 0: the likeliest; top_p 1, top_k 0, min_p 0, repetition_penalty 1: without effect.
     """
 
     max_tokens: int = 1024
@@ -39,6 +49,13 @@ class GenerationOptions:
     seed: int | None = None
     canvas_length: int | None = None
     retries: int = 3
+    decoder: Decoder = "diffusion"
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    active_rows: bool | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -52,15 +69,25 @@ class GenerationOptions:
             ("canvas_length", 1),
             ("stability", 0),
             ("retries", 0),
+            ("top_k", 0),
         ):
             _check_number(self, name, int, lowest)
         check_seed(self.seed)
-        for name in ("entropy_bound", "t_max", "t_min", "confidence"):
+        for name in ("entropy_bound", "t_max", "t_min", "confidence", "temperature", "repetition_penalty"):
             _check_number(self, name, float, 0.0)
+        for name in ("top_p", "min_p"):
+            _check_number(self, name, float, 0.0, 1.0)
+        for name in ("top_p", "repetition_penalty"):
+            if getattr(self, name) == 0:
+                raise PromptError(f"{name} must be above 0; 1 leaves it without effect.")
+        if self.decoder not in DECODERS:
+            raise PromptError(f"decoder is {self.decoder!r}; it is one of {', '.join(DECODERS)}.")
         if self.t_max == 0:
             raise PromptError("t_max must be above 0; give a low temperature, such as 0.01, for the likeliest tokens.")
         if self.t_max is not None and self.t_min is not None and self.t_max < self.t_min:
             raise PromptError(f"t_max ({self.t_max}) must not be below t_min ({self.t_min}).")
+        if self.active_rows not in (None, True, False):
+            raise PromptError(f"active_rows must be True or False, not {self.active_rows!r}.")
         if not isinstance(self.stop, tuple) or any(not isinstance(text, str) or not text for text in self.stop):
             raise PromptError("stop takes strings of at least one character.")
         tokens = () if self.end_tokens is None else self.end_tokens
@@ -90,12 +117,31 @@ class GenerationOptions:
             "stability": generation.get("stability_threshold"),
             "confidence": generation.get("confidence_threshold"),
             "canvas_length": config.get("canvas_length"),
+            **{name: generation.get(name) for name in OF_CAUSAL_DECODERS},
         }
         given = {name: value for name, value in settings.items() if value is not None}
         try:
             return replace(REFERENCE_SETTINGS, **given, end_tokens=tuple(end_tokens))
         except PromptError as error:
             raise CheckpointError(f"{path}: {error}") from None
+
+    def foreign(self, checkpoint: GenerationOptions | None = None) -> list[str]:
+        """List the options that are set, to another value than the checkpoint's, and mean nothing to this decoder."""
+        match self.decoder:
+            case "diffusion":
+                names = OF_CAUSAL_DECODERS
+            case "autoregressive":
+                names = (*OF_DIFFUSION, "max_steps", "canvas_length")
+            case "speculative":
+                names = OF_DIFFUSION
+        own = checkpoint or GenerationOptions()
+        return [name for name in names if getattr(self, name) not in (None, getattr(own, name))]
+
+    def with_decoder(self, decoder: Decoder) -> GenerationOptions:
+        """These options for another decoder: those that mean nothing to it are left to the checkpoint."""
+        options = replace(self, decoder=decoder)
+        unset: dict[str, Any] = dict.fromkeys(options.foreign())
+        return replace(options, **unset)
 
     def filled_from(self, checkpoint: GenerationOptions) -> GenerationOptions:
         """These options with every None replaced by the checkpoint's setting."""
@@ -116,6 +162,12 @@ class Settings(GenerationOptions):
     end_tokens: tuple[int, ...]
     seed: int
     canvas_length: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    active_rows: bool
 
 
 def check_seed(seed: int | None) -> None:
@@ -124,18 +176,22 @@ def check_seed(seed: int | None) -> None:
         raise PromptError(f"seed must be a whole number from 0 to 2**64 - 1, not {seed!r}.")
 
 
-def _check_number(options: GenerationOptions, name: str, kind: type, lowest: float) -> None:
+def _check_number(options: GenerationOptions, name: str, kind: type, lowest: float, highest: float = math.inf) -> None:
     value = getattr(options, name)
     if value is None and name not in ("max_tokens", "retries"):
         return
     accepted = (int, float) if kind is float else int
-    if isinstance(value, bool) or not isinstance(value, accepted) or not value >= lowest:
+    if isinstance(value, bool) or not isinstance(value, accepted) or not lowest <= value <= highest:
         what = "a whole number" if kind is int else "a number"
-        raise PromptError(f"{name} must be {what} of at least {lowest:g}, not {value!r}.")
+        limits = f"of at least {lowest:g}" if highest == math.inf else f"from {lowest:g} to {highest:g}"
+        raise PromptError(f"{name} must be {what} {limits}, not {value!r}.")
 
+
+OF_DIFFUSION: tuple[str, ...] = ("entropy_bound", "t_max", "t_min", "stability", "confidence", "active_rows")
+OF_CAUSAL_DECODERS: tuple[str, ...] = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 # `_get_default_generation_params` of the reference; the canvas length is its configuration's default, and what ends a
-# reply is a checkpoint's to say.
+# reply is a checkpoint's to say. The sampling of causal decoders is what Gemma 4 is published with.
 REFERENCE_SETTINGS = GenerationOptions(
     max_steps=48,
     entropy_bound=0.1,
@@ -145,6 +201,12 @@ REFERENCE_SETTINGS = GenerationOptions(
     confidence=0.005,
     end_tokens=(),
     canvas_length=256,
+    temperature=1.0,
+    top_p=0.95,
+    top_k=64,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    active_rows=False,
 )
 
 
@@ -158,9 +220,11 @@ def _token_ids(value: Any) -> list[int]:
 
 # Chosen by `tests/benchmarks/modes.py`.
 # `reference` leaves everything to the checkpoint. `fast` stops a canvas as soon as it is confident, more so than the
-# reference asks, without a step to confirm it, and gives up early on one that does not settle. An option given beside
-# a mode wins: `options.filled_from(MODES["fast"])`.
+# reference asks, without a step to confirm it, and gives up early on one that does not settle. `turbo` computes fewer
+# rows in each step, which is approximate: `tests/benchmarks/active_rows.py`. An option given beside a mode wins:
+# `options.filled_from(MODES["fast"])`.
 MODES: dict[str, GenerationOptions] = {
     "reference": GenerationOptions(),
     "fast": GenerationOptions(max_steps=24, stability=0, confidence=0.002),
+    "turbo": GenerationOptions(active_rows=True),
 }

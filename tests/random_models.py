@@ -13,6 +13,7 @@ from mlx_diffusiongemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffusiongemma.options import GenerationOptions
 
 if TYPE_CHECKING:
+    from mlx_lm.models import gemma4_text
     from mlx_vlm.models.diffusion_gemma import Model
 
 TINY = {
@@ -86,4 +87,42 @@ def in_mlx_vlm(model: DiffusionGemma, config: dict[str, Any], bits: int | None) 
         nn.quantize(peer, class_predicate=community_layout(bits))
     peer.load_weights(tree_flatten(model.parameters()))
     peer.eval()
+    return peer
+
+
+def in_mlx_lm(model: DiffusionGemma, config: dict[str, Any], bits: int | None) -> gemma4_text.Model:
+    """The same arrays in mlx-lm's `gemma4_text`, which decodes left to right: the encoder's `layer_scalar`s, no
+    self-conditioning. bits: as for `random_model`.
+    """
+    from mlx_lm.models import gemma4_text
+
+    text = dict(config["text_config"])
+    rope = {
+        SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
+        FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
+    }
+    own = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "enable_moe_block": True}
+    given = own | {"attention_k_eq_v": True, "use_double_wide_mlp": False, "rope_parameters": rope}
+    peer = gemma4_text.Model(gemma4_text.ModelArgs.from_dict(text | given))
+    if bits is not None:
+        nn.quantize(peer, class_predicate=community_layout(bits))
+    weights: dict[str, mx.array] = {}
+    for name, array in tree_flatten(model.parameters()):
+        if name.startswith("model.encoder.language_model.layers"):
+            weights["model." + name.removeprefix("model.encoder.language_model.")] = array
+        elif name.startswith("model.decoder.") and "self_conditioning" not in name and "layer_scalar" not in name:
+            weights["model." + name.removeprefix("model.decoder.")] = array
+    for name in [name for name in weights if ".experts." in name]:
+        home, _, kind = name.partition(".experts.")
+        array = weights.pop(name)
+        part, _, what = kind.partition(".")
+        if part == "gate_up_proj":
+            gate, up = map(mx.contiguous, mx.split(array, 2, axis=1))
+            weights[f"{home}.experts.switch_glu.gate_proj.{what}"] = gate
+            weights[f"{home}.experts.switch_glu.up_proj.{what}"] = up
+        else:
+            weights[f"{home}.experts.switch_glu.{part}.{what}"] = array
+    peer.load_weights(list(weights.items()))
+    peer.eval()
+    mx.eval(peer.parameters())
     return peer

@@ -21,6 +21,7 @@ from ..model.budgets import (
     PREFILL_CHUNK,
     ROWS_BUDGET,
     SCORE_BUDGET,
+    SLIDING_GROWTH,
     TOGETHER,
 )
 
@@ -144,7 +145,7 @@ def _capacity(layer: LayerConfig, config: ModelConfig, context: int) -> int:
     """Tokens that a layer's buffers have room for."""
     canvas = config.canvas_length
     if layer.is_sliding:
-        return min(context, config.text.sliding_window - 1 + canvas) + canvas
+        return min(context, config.text.sliding_window - 1 + canvas) + SLIDING_GROWTH + canvas
     return -(-(context + canvas) // CACHE_GROWTH) * CACHE_GROWTH
 
 

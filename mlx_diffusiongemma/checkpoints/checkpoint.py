@@ -34,6 +34,8 @@ class Checkpoint:
         """The checkpoint in a directory, or in a repository of the hub, downloaded first. Raises CheckpointError."""
         if is_repository(path_or_repo):
             return cls.in_directory(download_snapshot(str(path_or_repo), revision, CONVERTED))
+        if revision is not None:
+            raise CheckpointError(f"`revision` is about a repository, and {path_or_repo} is a directory; leave it out.")
         return cls.in_directory(user_path(path_or_repo))
 
     @classmethod

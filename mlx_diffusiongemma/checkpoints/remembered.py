@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..errors import PromptError
+from ..files import write_whole
 from ..paths import data_directory, user_path
 
 Tell = Callable[[str], object]
@@ -129,17 +129,9 @@ def _new_name(place: str, taken: set[str]) -> str:
 
 def _write(models: Iterable[Remembered], tell: Tell) -> None:
     """Write the list: whole, or not at all."""
-    new = None
     try:
         path = list_file()
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=".models.", delete=False, encoding="utf-8"
-        ) as file:
-            new = Path(file.name)
-            json.dump({"models": [asdict(model) for model in models]}, file, indent=1)
-        new.replace(path)
+        write_whole(path, json.dumps({"models": [asdict(model) for model in models]}, indent=1))
     except (OSError, PromptError) as error:
         tell(f"The list of models cannot be written ({error}); name models by their paths.")
-        if new:
-            new.unlink(missing_ok=True)

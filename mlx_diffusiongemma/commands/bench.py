@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Model, announce_download, load_model, named_model, whole
+from .common import Model, Yes, announce_download, load_model, named_model, notice, whole
 
 
 def bench(
@@ -24,7 +24,7 @@ def bench(
     ] = None,
     plan: Annotated[
         bool,
-        typer.Option("--plan", help="Only the memory that running needs and the Macs that fit, from shapes alone."),
+        typer.Option("--plan", help="From shapes alone: the memory, the Macs that fit, and their predicted speed."),
     ] = False,
     context: Annotated[
         int | None,
@@ -36,11 +36,12 @@ def bench(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    yes: Yes = False,
 ) -> None:
-    """Measure this machine's ceilings, then where a denoising step's time goes and how fast replies come."""
+    """Measure where a denoising step's time goes, how fast replies come, and which decoder is the fastest here."""
     from rich.console import Console
 
-    from ..benchmark.measuring import measure_autoregressive, plan_memory, run_benchmark
+    from ..benchmark.measuring import make_plan, measure_autoregressive, run_benchmark
     from ..benchmark.report import render, render_plan
     from ..checkpoints.hub import is_repository
 
@@ -49,13 +50,13 @@ def bench(
     if against and plan:
         raise typer.BadParameter("--against is measured, and --plan measures nothing; leave out one of them")
     if plan:
-        needs = plan_memory(named_model(model), context)
+        needs = make_plan(named_model(model), context)
         if as_json:
             typer.echo(json.dumps(needs.to_dict()))
         else:
             Console().print(render_plan(needs))
         if needs.warning:
-            typer.echo(f"mlx-dg: {needs.warning}", err=True)
+            notice(needs.warning)
         return
     counts = _counts(steps)
     rival = None
@@ -64,10 +65,10 @@ def bench(
 
         model = named_model(model)
         is_repository(model)  # or it is something that only fails once the other has run
-        announce_download(against, None, DEFAULT_ALLOW_PATTERNS)
+        announce_download(against, None, DEFAULT_ALLOW_PATTERNS, yes=yes)
         _log(f"the prompts' answers of {against}")
         rival = measure_autoregressive(against, max_tokens=max_tokens)
-    loaded, processor = load_model(model)
+    loaded, processor = load_model(model, yes=yes)
     report = run_benchmark(loaded, processor, steps=counts, max_tokens=max_tokens, against=rival, log=_log)
     if as_json:
         typer.echo(json.dumps(report.to_dict()))

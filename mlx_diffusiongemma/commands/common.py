@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,10 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ..errors import PromptError
-
 if TYPE_CHECKING:
-    from ..events import Event, Result
+    from ..events import Done, Event, Result
     from ..model.diffusion_gemma import DiffusionGemma
     from ..options import GenerationOptions
     from ..processing.processor import Processor
@@ -102,7 +102,9 @@ Milliseconds = Annotated[
 MaxTokens = Annotated[
     int, typer.Option("--max-tokens", "-m", metavar="N", parser=whole(1), help="Most tokens to generate.")
 ]
-Mode = Annotated[str, typer.Option("--mode", metavar="MODE", help="reference or fast; other options win over it.")]
+Mode = Annotated[
+    str, typer.Option("--mode", metavar="MODE", help="reference, fast or turbo; other options win over it.")
+]
 EntropyBound = Annotated[
     float | None,
     typer.Option("--entropy-bound", metavar="X", parser=number(0), help="Nats accepted per step [the checkpoint's]."),
@@ -127,6 +129,7 @@ Seed = Annotated[
     int | None,
     typer.Option("--seed", metavar="N", parser=whole(0, 2**64 - 1), help="Makes a reply repeatable."),
 ]
+Continue = Annotated[bool, typer.Option("-c", "--continue", help="Go on with the last conversation (see logs).")]
 System = Annotated[
     str | None, typer.Option("--system", "--system-prompt", metavar="TEXT", help="Instructions for the model.")
 ]
@@ -137,31 +140,7 @@ Trace = Annotated[
     Path | None, typer.Option("--trace", metavar="FILE", help="Record every step in this file (see replay).")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON event a line instead.")]
-
-
-def _answered(name: str) -> Callable[[str | None], None]:
-    """Make what answers an option of other samplers in one sentence; without it there is nothing to do."""
-
-    def answer(given: str | None) -> None:
-        if given is not None:
-            raise PromptError(OF_OTHER_SAMPLERS.format(name=name, instead="--entropy-bound"))
-
-    return answer
-
-
-def _sampler_option(name: str) -> Any:
-    return typer.Option(name, hidden=True, metavar="X", callback=_answered(name))
-
-
-OF_OTHER_SAMPLERS = (
-    "A denoising step's temperature follows the checkpoint's schedule (0.8 falling to 0.4) and its tokens are accepted "
-    "by their entropy, so {name} has no meaning here; leave it out, or change how much is accepted per step with "
-    "{instead}."
-)
-Temp = Annotated[str | None, _sampler_option("--temp")]
-Temperature = Annotated[str | None, _sampler_option("--temperature")]
-TopP = Annotated[str | None, _sampler_option("--top-p")]
-TopK = Annotated[str | None, _sampler_option("--top-k")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Download without asking.")]
 
 
 def chosen_mode(name: str) -> GenerationOptions:
@@ -179,8 +158,11 @@ def end_line() -> None:
         typer.echo()
 
 
-def load_model(name: str | None) -> tuple[DiffusionGemma, Processor]:
-    """Load the model that `--model` names, or the one to use without it, and remember it. Raises CheckpointError."""
+def load_model(name: str | None, *, yes: bool = False) -> tuple[DiffusionGemma, Processor]:
+    """Load the model that `--model` names, or the one to use without it, and remember it. Raises CheckpointError.
+
+    yes: download what is missing without asking.
+    """
     import warnings
 
     from .. import load
@@ -189,7 +171,7 @@ def load_model(name: str | None) -> tuple[DiffusionGemma, Processor]:
     from ..errors import MemoryWarning
 
     source = named_model(name)
-    announce_download(source, None, CONVERTED)
+    announce_download(source, None, CONVERTED, yes=yes)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MemoryWarning)
         loaded = load(source)
@@ -206,9 +188,19 @@ def named_model(name: str | None) -> str:
     return source_of(name) if name else default_model()
 
 
+def say(text: str) -> None:
+    """Tell the user something that is no part of an answer; a terminal gets it broken between words."""
+    if sys.stderr.isatty():
+        columns = shutil.get_terminal_size().columns
+        wrapper = textwrap.TextWrapper(columns, break_long_words=False, break_on_hyphens=False)
+        lines = text.split("\n")
+        text = "\n".join(line if len(line) <= columns else wrapper.fill(line) for line in lines)
+    typer.echo(text, err=True)
+
+
 def notice(sentence: str) -> None:
-    """Tell the user something that is no part of an answer."""
-    typer.echo(f"mlx-dg: {sentence}", err=True)
+    """Tell the user something in the name of the command."""
+    say(f"mlx-dg: {sentence}")
 
 
 def announce_download(
@@ -231,12 +223,12 @@ def announce_download(
     if not count:
         return
     size = f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
-    typer.echo(f"To download: up to {size} of {source}", err=True)
+    say(f"To download: up to {size} of {source}")
     if kept:
         check_room(count, beside or {})
     asked = count >= MUCH and not yes and sys.stdin.isatty() and sys.stderr.isatty()
     if asked and not typer.confirm("Download it?", default=True, err=True):
-        typer.echo("mlx-dg: nothing was downloaded.", err=True)
+        notice("nothing was downloaded.")
         raise typer.Exit(1)
 
 
@@ -248,14 +240,14 @@ def default_model() -> str:
     remembered(notice)  # a damaged list is said to be one
     model = last_used()
     if model:
-        typer.echo(f"Using {model.name} ({model.source})", err=True)
+        say(f"Using {model.name} ({model.source})")
         return model.source
     converted = list(Path().glob(f"*/{REPORT}"))
     if converted:
         newest = max(converted, key=lambda report: report.stat().st_mtime).parent
-        typer.echo(f"Using {newest}", err=True)
+        say(f"Using {newest}")
         return str(newest)
-    typer.echo(f"Using {READY_MADE}, which is downloaded once", err=True)
+    say(f"Using {READY_MADE}, which is downloaded once")
     return READY_MADE
 
 
@@ -302,7 +294,7 @@ def watched(
         yield take
 
 
-def say_cost(result: Result) -> None:
+def say_cost(result: Result | Done) -> None:
     """Say what the request cost, on stderr."""
     from ..display.terminal import statistics_line
 

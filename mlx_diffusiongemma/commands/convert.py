@@ -12,7 +12,7 @@ import typer
 
 from ..convert import RECIPES
 from ..paths import user_path
-from .common import OFFICIAL, announce_download, notice, one_of
+from .common import OFFICIAL, Yes, announce_download, notice, one_of, say
 
 BUILT_IN = "default"  # calibration prompts
 EPILOG = "Recipes, with their size for the published model: " + "\n\n".join(
@@ -87,7 +87,7 @@ def convert(
     restart: Annotated[
         bool, typer.Option("--restart", help="Delete what a stopped conversion to OUT has finished.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Download without asking.")] = False,
+    yes: Yes = False,
     hf_path: Annotated[
         str | None, typer.Option("--hf-path", metavar="SOURCE", help="mlx-lm's spelling of SOURCE.")
     ] = None,
@@ -145,16 +145,16 @@ def convert(
         return
     beside = {out.absolute().parent: plan.file_bytes + further}
     announce_download(source, revision, WHOLE, yes=yes, beside=beside, kept=not stream)
-    with _progress("converting") as progress, _kept(out):
-        report = convert_checkpoint(source, out, **settings, **how, progress=progress, tell=_say)
+    with _kept(out), _progress("converting") as progress:
+        report = convert_checkpoint(source, out, **settings, **how, progress=progress, tell=say)
     remember(out, notice)
-    _say(report.render())
+    say(report.render())
     if prompts:
-        _say(measure(out, source, prompts, revision=revision, stream=stream).render())
+        say(measure(out, source, prompts, revision=revision, stream=stream).render())
     if upload:
-        _say(upload_checkpoint(out, upload, force=force))
+        say(upload_checkpoint(out, upload, force=force))
     typer.echo(out)
-    _say(f'Next: mlx-dg generate --model {shlex.quote(str(out))} "Why is the sky blue?"')
+    say(f'Next: mlx-dg generate --model {shlex.quote(str(out))} "Why is the sky blue?"')
 
 
 def _chosen_bits(q4: bool, q8: bool, bits: int | None, dequantize: bool, quantize: bool) -> int | str | None:
@@ -206,12 +206,8 @@ def _kept(out: Path) -> Iterator[None]:
     except (KeyboardInterrupt, Interrupted):
         done = finished_bytes(user_path(out))
         if done:
-            _say(f"{amount(done)} are finished in {partial_path(out)}; the same command goes on from there.")
+            say(f"{amount(done)} are finished in {partial_path(out)}; the same command goes on from there.")
         raise
-
-
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
 
 
 @contextmanager
@@ -220,19 +216,26 @@ def _progress(what: str) -> Iterator[Callable[[int, int, str], None]]:
 
     The numbers come first and keep their width; the bar and the tensor's name share what the terminal has beside them.
     """
-    from rich.console import Console
+    from rich.console import Console, RenderableType
+    from rich.constrain import Constrain
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Column
+
+    console = Console(stderr=True)
+
+    class Line(Progress):
+        def get_renderable(self) -> RenderableType:
+            """Leave room for the ^C that a terminal writes after the line: wrapped, it would leave the line there."""
+            return Constrain(super().get_renderable(), console.width - len("^C") - 1)
 
     columns = (
         TextColumn(what, table_column=Column(no_wrap=True)),
         DownloadColumn(table_column=Column(no_wrap=True)),
         TimeRemainingColumn(table_column=Column(no_wrap=True)),
         BarColumn(None, table_column=Column(ratio=1)),
-        TextColumn("[dim]{task.fields[at]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=2)),
+        TextColumn("[dim]{task.fields[at]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=3)),
     )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal, expand=True) as bar:
+    with Line(*columns, console=console, transient=True, disable=not console.is_terminal, expand=True) as bar:
         task = bar.add_task(what, total=None, at="")
         yield lambda done, total, name: bar.update(
             task, completed=done, total=total, at=name.removeprefix("model.").removeprefix("decoder.")

@@ -9,20 +9,26 @@ from pathlib import Path
 import typer
 
 from ..paths import cache_directory
-from .common import LiveCanvas, Seed, end_line
+from .common import AsJson, LiveCanvas, Seed, check_watching, end_line, say
 
 HASHES = "hashes.txt"
 TASKS = ("sort 53142", "reverse canvas", "json name=ada age=36", "solve 42.3/3.24/1.../2.31", "count from 17")
 
 
-def demo(seed: Seed = 0, live: LiveCanvas = None) -> None:
+def demo(seed: Seed = 0, live: LiveCanvas = None, as_json: AsJson = False) -> None:
     """Convert and run the small trained checkpoint that comes with this package; nothing is downloaded."""
     from .. import load, stream
     from ..display.terminal import show, statistics_line
+    from ..display.trace import event_json
 
+    check_watching(as_json, live, heat=False)
     directory = _demo_checkpoint()
     model, processor = load(directory)
     for task in TASKS:
+        if as_json:
+            for event in stream(model, processor, task, seed=seed):
+                typer.echo(event_json(event))
+            continue
         typer.secho(f"> {task}", err=True, bold=True)
         done = show(stream(model, processor, task, seed=seed), live=live)
         end_line()
@@ -42,7 +48,7 @@ def _demo_checkpoint() -> Path:
     if _is_whole(place, source):
         return place
     damaged = " again: what is there is damaged" if os.path.lexists(place) else ""
-    typer.echo(f"Converting the demo checkpoint to 4 bits in {place}{damaged}", err=True)
+    say(f"Converting the demo checkpoint to 4 bits in {place}{damaged}")
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".demo-") as unfinished:
         new = Path(unfinished) / "demo"

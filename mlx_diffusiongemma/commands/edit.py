@@ -16,9 +16,11 @@ from .common import (
     Seed,
     Steps,
     Trace,
+    Yes,
     check_watching,
     load_model,
     number,
+    say,
     say_cost,
     watched,
 )
@@ -52,6 +54,7 @@ def edit(
     trace: Trace = None,
     force: Annotated[bool, typer.Option("--force", help="Let --trace replace a file that is no trace.")] = False,
     as_json: AsJson = False,
+    yes: Yes = False,
 ) -> None:
     """Rewrite some lines of a file and print the change as a unified diff."""
     from .. import GenerationOptions
@@ -72,7 +75,7 @@ def edit(
     if not text:
         raise PromptError("The text is empty; there is nothing to edit.")
     options = GenerationOptions(max_steps=steps, seed=seed)
-    loaded, processor = load_model(model)
+    loaded, processor = load_model(model, yes=yes)
     with watched(
         live=live,
         heat=heat,
@@ -92,4 +95,4 @@ def edit(
         replace_text(file, text, result.text)
     say_cost(result)
     if result.text == text:
-        typer.echo("The lines came back as they were; raise --strength, or ask for something else.", err=True)
+        say("The lines came back as they were; raise --strength, or ask for something else.")

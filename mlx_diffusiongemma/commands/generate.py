@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import PromptError
-from .chatting.tools import Functions, load_functions
+from .chatting.decoding import Decoding, MinP, RepetitionPenalty, Temp, TopK, TopP, make_options
+from .chatting.tools import load_functions
 from .common import (
+    AsJson,
     CanvasLength,
     Confidence,
+    Continue,
     EntropyBound,
     Heat,
     LiveCanvas,
@@ -24,22 +27,23 @@ from .common import (
     Steps,
     Stop,
     System,
-    Temp,
-    Temperature,
     Thinking,
     Tools,
-    TopK,
-    TopP,
-    chosen_mode,
+    Yes,
     end_line,
     load_model,
+    named_model,
+    notice,
+    say,
+    say_cost,
 )
+from .keeping.conversations import Keeper, find, read
+from .keeping.shown import shortened
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from ..events import Event
-    from ..processing.processor import Processor, Prompt
 
 
 def generate(
@@ -57,6 +61,7 @@ def generate(
         list[str] | None,
         typer.Option("--video", metavar="FILE", help="A GIF, WebP or APNG; may be given several times."),
     ] = None,
+    go_on: Continue = False,
     system: System = None,
     thinking: Thinking = False,
     raw: Annotated[
@@ -64,11 +69,17 @@ def generate(
     ] = False,
     tools: Tools = None,
     max_tokens: MaxTokens = 1024,
+    decoder: Decoding = "diffusion",
     mode: Mode = "reference",
     steps: Steps = None,
     entropy_bound: EntropyBound = None,
     confidence: Confidence = None,
     canvas_length: CanvasLength = None,
+    temp: Temp = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     stop: Stop = None,
     seed: Seed = None,
     live: LiveCanvas = None,
@@ -77,76 +88,77 @@ def generate(
         Path | None, typer.Option("--trace", metavar="FILE", help="Record every step in this file (see replay).")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Let --trace replace a file that is no trace.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON event a line.")] = False,
-    temp: Temp = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
+    as_json: AsJson = False,
+    yes: Yes = False,
 ) -> None:
     """Answer a prompt."""
-    from .. import ChatSession, GenerationOptions, stream
-    from ..display.terminal import show, statistics_line
+    from .. import ChatSession, stream
+    from ..display.terminal import show
     from ..display.trace import TraceWriter, event_json
     from .chatting.turns import Turns
 
-    if raw and (image or video or system or thinking or tools):
-        raise typer.BadParameter("--raw has no chat for --image, --video, --system, --thinking or --tools.")
+    if raw and (image or video or system or thinking or tools or go_on):
+        raise typer.BadParameter("--raw has no chat for --image, --video, --system, --thinking, --tools or --continue.")
     if prompt is not None and prompt_option is not None:
         raise typer.BadParameter("give the prompt once, as PROMPT or with --prompt.")
     text = _prompt_text(prompt if prompt is not None else prompt_option)
     images, videos = image or [], video or []
     if not text.strip() and not images and not videos:
         raise PromptError("The prompt is empty; give a text, as PROMPT or on stdin.")
-    options = GenerationOptions(
+    options = make_options(
         max_tokens=max_tokens,
-        max_steps=steps,
+        decoder=decoder,
+        mode=mode,
+        steps=steps,
         entropy_bound=entropy_bound,
         confidence=confidence,
         canvas_length=canvas_length,
-        stop=tuple(stop or ()),
+        stop=stop,
         seed=seed,
-    ).filled_from(chosen_mode(mode))
+        temp=temp,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
     if force and not trace:
         raise typer.BadParameter("--force is about the file of --trace, which is not given.")
     functions = load_functions(tools) if tools else {}
+    last = read(find("")) if go_on else None
     with ExitStack() as stack:
-        writer = stack.enter_context(TraceWriter(trace, force=force)) if trace else None  # before the model is loaded
-        loaded, processor = load_model(model)
+        # Before the model is loaded, so that nothing is computed for a file that cannot be.
+        writer = stack.enter_context(TraceWriter(trace, text, force=force)) if trace else None
+        source = named_model(model or (last.model if last else None))
+        loaded, processor = load_model(source, yes=yes)
+        session = ChatSession(loaded, processor, system, list(functions.values()), thinking, options)
+        keeper = Keeper(session, source, notice)
+        if last:
+            keeper.resume(last)
+            say(f"Going on with {last.name}: {shortened(last.title)}")
         if functions and not (trace or as_json):  # whoever reads events runs the tools
-            session = ChatSession(loaded, processor, system, list(functions.values()), thinking, options)
-            Turns(session, functions, live, heat).take(lambda cancel: session.send(text, images, videos, cancel=cancel))
+            turns = Turns(session, functions, live, heat)
+            if turns.take(lambda cancel: session.send(text, images, videos, cancel=cancel)):
+                keeper.keep([*images, *videos])
             return
-        request = _request(processor, text, raw, system, images, videos, thinking, functions)
-        events: Iterable[Event] = stream(loaded, processor, request, options=options)
+        events: Iterable[Event] = (
+            stream(loaded, processor, processor.raw_prompt(text), options=options)
+            if raw
+            else session.send(text, images, videos)
+        )
         if writer:
             events = writer.watch(events)
         if as_json:
             for event in events:
                 typer.echo(event_json(event))
-            return
-        done = show(events, live=live, heat=heat, options=options.filled_from(loaded.options))
-    end_line()
-    typer.echo(statistics_line(done.stats), err=True)
-    if done.note:
-        typer.echo(f"mlx-dg: {done.note}", err=True)
-
-
-def _request(
-    processor: Processor,
-    text: str,
-    raw: bool,
-    system: str | None,
-    images: list[str],
-    videos: list[str],
-    thinking: bool,
-    functions: Functions,
-) -> Prompt:
-    if raw:
-        return processor.raw_prompt(text)
-    messages = [{"role": "user", "content": processor.content(text, images, videos)}]
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
-    return processor.prompt(messages, tools=list(functions.values()), thinking=thinking)
+        else:
+            done = show(events, live=live, heat=heat, options=options.filled_from(loaded.options))
+    if not as_json:
+        end_line()
+        say_cost(done)
+        if done.note:
+            notice(done.note)
+    if not raw:
+        keeper.keep([*images, *videos])
 
 
 def _prompt_text(prompt: str | None) -> str:

@@ -19,8 +19,10 @@ from .common import (
     Seed,
     Steps,
     Trace,
+    Yes,
     check_watching,
     load_model,
+    say,
     say_cost,
     watched,
     whole,
@@ -72,6 +74,7 @@ def infill(
     trace: Trace = None,
     force: Annotated[bool, typer.Option("--force", help="Let -o and --trace replace files of another kind.")] = False,
     as_json: AsJson = False,
+    yes: Yes = False,
 ) -> None:
     """Fill the holes in a text and print it."""
     from .. import GenerationOptions, Hole
@@ -101,7 +104,7 @@ def infill(
         why = "a hole of one token has one length" if tokens == 1 else "the model ends a hole at the text's end itself"
         raise typer.BadParameter(f"--exact changes nothing here: {why}; leave it out")
     options = GenerationOptions(max_tokens=max(tokens * holes, 1), max_steps=steps, seed=seed)
-    loaded, processor = load_model(model)
+    loaded, processor = load_model(model, yes=yes)
     # A pipe gets the text when it is whole; a terminal, as it becomes certain.
     prints = sys.stdout.isatty() and not (write or out or as_json)
     with watched(
@@ -136,7 +139,7 @@ def infill(
     for rival in result.alternatives[1:] if alternatives else []:
         typer.echo(f"Or, {rival.log_likelihood:.1f} nats likely: {' … '.join(rival.holes)}", err=True)
     if result.canvases > 1:
-        typer.echo(f"The text took {result.canvases} canvases; a hole sees only what follows on its own.", err=True)
+        say(f"The text took {result.canvases} canvases; a hole sees only what follows on its own.")
 
 
 def _parts(text: str, mark: str, lines: str | None, hole: Hole) -> list[str | Hole]:

@@ -11,7 +11,7 @@ import typer
 
 from ..config import read_json
 from ..errors import DiffusionGemmaError, PromptError
-from .common import Verb
+from .common import Verb, notice, say
 
 if TYPE_CHECKING:
     from huggingface_hub import CachedRepoInfo
@@ -47,9 +47,9 @@ def _list(context: typer.Context) -> None:
         return
     from ..checkpoints.remembered import list_file, remembered
 
-    known = remembered(lambda sentence: typer.echo(f"mlx-dg: {sentence}", err=True))
+    known = remembered(notice)
     if not known:
-        typer.echo("No model is known yet; make one with `mlx-dg convert --q4`, or name one with --model.", err=True)
+        say("No model is known yet; make one with `mlx-dg convert --q4`, or name one with --model.")
         return
     rows = [("NAME", "SIZE", "RECIPE", "FITS", "PATH"), *(_row(model) for model in known)]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -59,7 +59,7 @@ def _list(context: typer.Context) -> None:
         typer.echo("\n".join(lines))
     else:  # a model takes some lines where the terminal is narrow
         typer.echo("\n".join(f"{row[0]}\n  {row[1]} · {row[2]} · fits: {row[3]}\n  {row[4]}" for row in rows[1:]))
-    typer.echo(f"The first is used where no --model is given. The list is {list_file()}.", err=True)
+    say(f"The first is used where no --model is given. The list is {list_file()}.")
 
 
 @models.command(
@@ -87,12 +87,12 @@ def remove(
                 raise typer.BadParameter("give --yes where nobody can be asked.", param_hint="'--yes'")
             count = f"{len(files)} file{'s' * (len(files) != 1)}"
             if not typer.confirm(f"Delete {count}, {size}, of {model.source}?", err=True):
-                typer.echo("Nothing is deleted.", err=True)
+                say("Nothing is deleted.")
                 return
         _delete(model, files)
-        typer.echo(f"Deleted {size} of {model.source}.", err=True)
+        say(f"Deleted {size} of {model.source}.")
     forget(model.name)
-    typer.echo(f"{model.name} is forgotten.", err=True)
+    say(f"{model.name} is forgotten.")
 
 
 def can_ask() -> bool:
@@ -178,7 +178,7 @@ def _delete(model: Remembered, files: list[Path]) -> None:
         directory = Path(model.source)
         left = list(directory.iterdir())
         if left:
-            typer.echo(f"{len(left)} other file{'s' * (len(left) != 1)} stay in {directory}.", err=True)
+            say(f"{len(left)} other file{'s' * (len(left) != 1)} stay in {directory}.")
         else:
             directory.rmdir()
     except OSError as error:

@@ -8,11 +8,13 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from ..events import Commit, Done, Draft, Event, Filled, PartKind, Prefill, Stats
 from .cells import Row, Span, break_rows, printable
+from .typed import unechoed
 
 if TYPE_CHECKING:
     from ..options import GenerationOptions
@@ -54,8 +56,11 @@ def statistics_line(stats: Stats, columns: int | None = None) -> str:
     parts = [
         prompt + _rate(stats.prompt_tokens_per_second),
         _count(stats.generated_tokens, "token") + _rate(stats.tokens_per_second),
-        f"{_count(len(stats.steps), 'canvas', 'canvases')}, {stats.steps_per_canvas:.1f} steps each",
     ]
+    if stats.steps:
+        parts.append(f"{_count(len(stats.steps), 'canvas', 'canvases')}, {stats.steps_per_canvas:.1f} steps each")
+        if stats.passes >= len(stats.steps):  # each was verified
+            parts.append(f"{stats.tokens_per_pass:.1f} tokens a causal pass")
     if stats.retries:
         parts.append(_count(stats.retries, "retry", "retries"))
     if stats.peak_memory_bytes:
@@ -155,12 +160,16 @@ class View:
         self.draft: Draft | None = None
         self.status = [""]  # the most important part first
         self.steps = 0  # of the canvases before this one
+        self.tokens = 0  # committed
         self.drawn_at = -math.inf
         self.behind = False
         self.filled: Filled | None = None
         self.filled_at = self.filling_since = 0.0
+        self._quiet = ExitStack()
 
     def __enter__(self) -> View:
+        if self.region:
+            self._quiet.enter_context(unechoed())
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
@@ -183,6 +192,9 @@ class View:
             case Commit():
                 if self.behind:
                     self._draw()
+                self.tokens += len(event.tokens)
+                if not self.draft:  # it is written left to right
+                    self.status = [_count(self.tokens, "token")]
                 self.draft = None
                 self.steps += event.steps
                 self._write(event.text)
@@ -202,6 +214,7 @@ class View:
             if self.tame and not self.at_line_start:
                 self._print("\n")
         finally:  # stdout may be gone
+            self._quiet.close()
             if self.region:
                 self.region.release()
 

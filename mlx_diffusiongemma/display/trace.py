@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -13,6 +14,7 @@ from typing import Any
 from ..errors import PromptError
 from ..events import Commit, Done, Draft, Event, Filled, Part, Prefill, Stats, ToolCall
 from ..files import Kind, explained, open_file
+from .cells import printable
 from .terminal import show
 
 LONGEST_PAUSE = 1.0  # seconds that a replay waits for an event
@@ -129,13 +131,17 @@ TRACE = Kind("a trace", _is_trace)
 
 
 def replay(path: str | Path, speed: float = 1.0, *, live: bool | None = None, heat: bool = False) -> Done:
-    """Play the trace at `path` in the terminal as `show` does; waits of more than a second are cut to one.
+    """Play the trace at `path` in the terminal as `show` does, under what was asked; waits of more than a second are
+    cut to one.
 
     speed: 2 is twice as fast. Raises PromptError.
     """
     if not speed > 0:
         raise PromptError(f"The speed is {speed:g}; give a number above 0.")
-    return show(_paced(read_trace(path), speed), live=live, heat=heat)
+    trace = read_trace(path)
+    if trace[0].title:
+        print(f"> {printable(trace[0].title)}", file=sys.stderr)
+    return show(_paced(trace, speed), live=live, heat=heat)
 
 
 def _paced(trace: list[Traced], speed: float) -> Iterator[Event]:

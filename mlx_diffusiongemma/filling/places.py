@@ -55,7 +55,7 @@ class Watch:
 
     By chance is what the open positions make of a token on average: where the model is undecided, nothing speaks for
     or against a place; where it is sure of something else, much speaks against it. Only the logits of these tokens are
-    computed; the normaliser comes from the pass over the vocabulary that the step makes anyway.
+    computed; their normaliser comes from the pass over the vocabulary that the step makes anyway.
     """
 
     def __init__(self, model: DiffusionGemma, texts: Sequence[Sequence[int]]) -> None:
@@ -69,14 +69,15 @@ class Watch:
         """The notes of a step, [B, 2 L ids] float32: beside the evidence, the nats by which the likeliest token of each
         position is likelier.
         """
+        assert reading.log_total is not None  # a pass over the whole vocabulary knows it
         heat = mx.array(temperature).reshape(-1, 1, 1)
-        found = vocabulary.logits(self.rows, hidden, self.cap) / heat - reading.normaliser[..., None]
+        found = vocabulary.logits(self.rows, hidden, self.cap) / heat - reading.log_total[..., None]
         opened = ~mx.array([job.canvas.pinned for job in jobs])[..., None]
         count = mx.maximum(opened.sum(axis=1, keepdims=True), 1)
         mean = mx.where(opened, mx.exp(found), 0).sum(axis=1, keepdims=True) / count
         chance = mx.log((1 - COMMON) * mean + COMMON / self.vocabulary)
         product = (self.embedding(reading.tokens) * hidden).sum(axis=-1, keepdims=True).astype(mx.float32)
-        peak = mx.tanh(product / self.cap) * self.cap / heat - reading.normaliser[..., None]
+        peak = mx.tanh(product / self.cap) * self.cap / heat - reading.log_total[..., None]
         return mx.concatenate([(found - chance).reshape(len(jobs), -1), (peak - found).reshape(len(jobs), -1)], axis=1)
 
     def along(

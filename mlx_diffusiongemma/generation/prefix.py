@@ -12,21 +12,27 @@ from ..model.vision import image_blocks
 if TYPE_CHECKING:
     from ..model.cache import Cache, Label
     from ..model.diffusion_gemma import DiffusionGemma
+    from ..processing.images import PreparedImage
     from ..processing.processor import Prompt
 
 
-def encode_prompt(model: DiffusionGemma, cache: Cache, prompt: Prompt) -> Iterator[int]:
+def encode_prompt(model: DiffusionGemma, cache: Cache, prompt: Prompt, end: int | None = None) -> Iterator[int]:
     """Make `cache` hold exactly this prompt, as if it had been encoded into an empty one.
+
+    end: hold no more than so many of its tokens, which must not part an image; None is all of them.
 
     Yields how many of its tokens the cache holds: first those that it had already, then after each chunk. The denoiser
     only reads keys and values, so where all of them are there nothing is encoded at all. Stopped early, the cache holds
     the part that is done. What `rewind` will be asked for next is kept: the prompt's end, behind which the reply goes,
     and the place where this prompt parts from the last, if that was out of reach.
     """
+    end = len(prompt.tokens) if end is None else end
     blocks = _image_blocks(model, prompt)
-    shared = rewind_to_common(model, cache, prompt)
+    shared = min(rewind_to_common(model, cache, prompt), end)
+    if cache.offset > end:
+        cache.rewind(end)
     yield cache.offset
-    for stop in (shared, len(prompt.tokens)):
+    for stop in (shared, end):
         start = cache.offset
         if start < stop:
             images = [image for image, (first, _) in zip(prompt.images, blocks, strict=True) if start <= first < stop]
@@ -45,6 +51,15 @@ def rewind_to_common(model: DiffusionGemma, cache: Cache, prompt: Prompt) -> int
     shared = next((first for first, last in _image_blocks(model, prompt) if first < shared < last), shared)
     cache.rewind(shared)
     return shared
+
+
+def split_off_end(model: DiffusionGemma, prompt: Prompt) -> tuple[int, tuple[PreparedImage, ...]]:
+    """The place of the prompt's last token, or of the image that it ends with, which is read as a whole; that image."""
+    last = len(prompt.tokens) - 1
+    for first, end in _image_blocks(model, prompt):
+        if first <= last < end:
+            return first, tuple(prompt.images[-1:])
+    return last, ()
 
 
 def _image_blocks(model: DiffusionGemma, prompt: Prompt) -> list[tuple[int, int]]:

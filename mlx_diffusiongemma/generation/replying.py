@@ -1,4 +1,4 @@
-"""From requests to replies: encode each prompt, denoise canvas after canvas, commit each, until the reply is over."""
+"""From requests to replies: encode each prompt, decode and commit piece by piece, until the reply is over."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..events import Commit, Done, Event, Part, Result, Stats, ToolCall
 from ..processing.replies import reply_from_parts
-from .denoising import Denoising
+from .decoders.decoder import make_decoder
 from .request import Request, make_request
 from .writer import Writer
 
@@ -132,47 +132,29 @@ def reply(
 ) -> Generator[tuple[int, Event], None, None]:
     """Run the whole loop: give the events of the replies to `requests`, each with the number of its request.
 
-    options: how all of them are denoised; a request's own say the rest. fits: whether so many requests can be in flight
-    at once; the next one is taken when there is room for it. Canvases are denoised together, each at its own step, and
-    a reply goes on, or makes room, as soon as its own canvas is done.
+    options: how all of them are decoded; a request's own say the rest. fits: whether so many requests can be in flight
+    at once; the next one is taken when there is room for it. Replies are written together, a row each, and a reply
+    makes room as soon as it is over.
     """
-    run = Denoising(model, options, model.config.text.vocab_size)
+    decoder = make_decoder(model, options)
     number, upcoming = 0, next(requests, None)
     writing: list[Writer] = []
     try:
         while upcoming or writing:
             while upcoming and (not writing or fits([*(writer.request for writer in writing), upcoming])):
                 writing.append(writer := Writer(model, processor, upcoming, number))
-                for event in writer.read_prompt():
+                for event in decoder.add(writer):
                     yield number, event
-                if not writer.finish_reason:
-                    run.add(writer.next_job())
                 number, upcoming = number + 1, next(requests, None)
             for writer in writing:
                 writer.notice_cancel()
-            run.drop([writer.job for writer in writing if writer.finish_reason and writer.job])
-            yield from _step(run, writing)
+            decoder.drop([writer for writer in writing if writer.finish_reason])
+            for writer, event in decoder.step():
+                yield writer.number, event
             ended = [(writer.number, writer.done()) for writer in writing if writer.finish_reason]
             writing = [writer for writer in writing if not writer.finish_reason]
             yield from ended
     finally:
-        run.drop(run.jobs)
+        decoder.drop(writing)
         for writer in writing:
             writer.close()
-
-
-def _step(run: Denoising, writing: Sequence[Writer]) -> Iterator[tuple[int, Event]]:
-    """Take one step of all canvases, and begin the next one wherever a canvas is done and its reply goes on."""
-    by_job = {writer.job: writer for writer in writing}
-    for step in run.step():
-        writer = by_job[step.job]
-        yield writer.number, writer.draft(step)
-        writer.notice_cancel()
-        if writer.finish_reason:
-            run.drop([step.job])
-        elif step.finished and writer.retries():
-            run.add(writer.next_job())
-        elif step.finished:
-            yield writer.number, writer.commit()
-            if not writer.finish_reason:
-                run.add(writer.next_job())

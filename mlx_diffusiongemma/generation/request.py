@@ -62,6 +62,10 @@ def make_request(
     text = model.config.text
     prepared = processor.prompt(prompt, images=images, tools=tools, thinking=thinking)
     settings = request_options(model, options, max_tokens, seed)
+    if canvas is not None and settings.decoder != "diffusion":
+        raise CanvasError(
+            f"A canvas to start from is for the diffusion decoder, not the {settings.decoder} one; leave it out."
+        )
     canvas = canvas or Canvas([])
     canvas.check(text.vocab_size)
     if len(canvas.tokens) > settings.max_tokens:
@@ -71,10 +75,12 @@ def make_request(
     if not prepared.tokens:
         raise PromptError("The prompt is empty; give at least one token.")
     limit = text.max_position_embeddings
-    if len(prepared.tokens) + settings.canvas_length > limit:
+    least = 1 if settings.decoder == "autoregressive" else settings.canvas_length
+    if len(prepared.tokens) + least > limit:
+        beside = "a token after it" if least == 1 else f"a canvas of {least}"
         raise PromptError(
-            f"The prompt has {len(prepared.tokens)} tokens; with a canvas of {settings.canvas_length}, at most "
-            f"{limit - settings.canvas_length} fit this model's context of {limit}."
+            f"The prompt has {len(prepared.tokens)} tokens; with {beside}, at most {limit - least} fit this model's "
+            f"context of {limit}."
         )
     if cache is not None:
         with cache.reserved():
@@ -92,7 +98,13 @@ def request_options(
     seed: int | None = None,
 ) -> Settings:
     """The options that a request runs with: its own, then the checkpoint's, and a seed. Raises PromptError."""
-    filled = (options or GenerationOptions()).filled_from(model.options)
+    options = options or GenerationOptions()
+    for name in options.foreign(model.options):
+        others = "causal decoders" if options.decoder == "diffusion" else "diffusion decoder"
+        raise PromptError(
+            f"{name} is an option of the {others} and means nothing to the {options.decoder} one; leave it out."
+        )
+    filled = options.filled_from(model.options)
     if max_tokens is not None:
         filled = replace(filled, max_tokens=max_tokens)
     seed = filled.seed if seed is None else seed

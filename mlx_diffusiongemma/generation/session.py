@@ -14,6 +14,7 @@ from ..checkpoints.session_file import read_session, write_session
 from ..errors import BusyError, PromptError
 from ..events import Commit, Done, Event, Result, ToolCall
 from ..options import GenerationOptions
+from ..processing.messages import normalize_messages
 from ..processing.tools import DEEPEST
 from .prefix import rewind_to_common
 from .replying import collect, stream
@@ -137,6 +138,18 @@ class ChatSession:
         """Forget all turns, and free what they held."""
         with self._alone():
             self._become((), self.model.make_cache())
+
+    def resume(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Go on with chat messages, such as `messages` of another session, instead of this conversation.
+
+        Those of the system that they begin with are the instructions. The next turn encodes all of them. Raises
+        PromptError where they are no conversation; the session is then what it was.
+        """
+        with self._alone():
+            normalize_messages(messages)
+            turns = [_copied(dict(message)) for message in messages]
+            self.system = turns.pop(0)["content"] if turns[0]["role"] == "system" else None
+            self._become(tuple(turns), self.model.make_cache())
 
     def save(self, path: str | Path, *, force: bool = False) -> None:
         """Write the conversation, with what the model has read of it, to the file at `path`, which appears when it is

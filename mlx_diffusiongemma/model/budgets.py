@@ -18,6 +18,7 @@ ROWS_BUDGET = 2**29
 # And in tokens, or canvases.
 BLOCK_TOKENS = 8192  # of the vocabulary in a block at most
 CACHE_GROWTH = 1024  # what a full layer's buffer grows by
+SLIDING_GROWTH = 64  # what a sliding layer's buffer takes in before older tokens are dropped, which copies the window
 GROUP = 32  # tokens whose probabilities are summed before one of them is drawn
 BATCH_ROWS = 8  # replies of a batch in flight, unless a caller says how many
 TOGETHER = 16  # canvases that infilling compares as one batch

@@ -13,8 +13,9 @@ from ..config import TextConfig
 from ..errors import BusyError
 from .layer_cache import LayerCache, LayerRows
 
-SNAPSHOT_BYTES = 320 * 2**20  # that snapshots may take beside the cache: one of the published model's, 314 MB
+SNAPSHOT_BYTES = 320 * 2**20  # that snapshots may take beside the cache: one of the published model's, 327 MB
 
+Block = tuple[int, int]  # first position of an image's tokens, and the one after its last
 Label = int | str  # what a token of the prefix is: its id, or the digest of the image it is part of
 
 
@@ -89,6 +90,33 @@ class Cache:
             self._masks[self.offset, count, window] = found
         return found
 
+    def encoder_mask(self, count: int, window: int | None, blocks: Sequence[Block] = ()) -> mx.array | str | None:
+        """Say which of the visible tokens each of the next `count` may attend to: itself and those before it, in layers
+        with a window at most `window - 1` back; all of its own image, beyond the window too; never padding.
+
+        blocks: the images' tokens among the next ones.
+        """
+        before = self.offset if window is None else min(self.offset, window - 1)
+        if self.padding is None and not blocks and (window is None or before + count <= window):
+            return "causal" if count > 1 else None
+        queries = mx.arange(self.offset, self.offset + count)[:, None]
+        keys = mx.arange(self.offset - before, self.offset + count)[None]
+        mask = keys <= queries
+        if window is not None:
+            mask = mask & (keys > queries - window)
+        for first, last in blocks:
+            first, last = first + self.offset, last + self.offset
+            mask = mask | ((queries >= first) & (queries < last) & (keys >= first) & (keys < last))
+        if self.padding is None:
+            return mask
+        real = keys >= mx.array(self.padding)[:, None, None, None]
+        # A padding token sees itself: a row of nothing but -inf would turn into NaN and spread.
+        return (mask & real) | (keys == queries)
+
+    def extended(self, count: int) -> None:
+        """Take note of `count` more tokens, whose K/V the layers have taken in."""
+        self.offset += count
+
     def evaluate(self) -> None:
         """Compute what is still lazy, so that the cache can go to another thread."""
         mx.eval(self.arrays)
@@ -135,7 +163,7 @@ class Cache:
     def export(self) -> dict[str, mx.array]:
         """The prefix's keys and values by name, [B, heads, tokens, head_dim] each: what `adopt` takes."""
         return {
-            f"layers.{number}.{name}": array[:, :, : layer.length]
+            f"layers.{number}.{name}": array[:, :, layer.length - layer.needed_of(layer.length) : layer.length]
             for number, layer in enumerate(self.layers)
             if layer.buffers is not None and layer.length
             for name, array in zip(("keys", "values"), layer.buffers, strict=True)
@@ -152,8 +180,7 @@ class Cache:
             if keys is None or values is None or keys.shape != values.shape:
                 raise ValueError(f"layer {number} has no keys and values of one shape")
             layer.buffers, layer.length = (keys, values), keys.shape[2] if keys.ndim == 4 else 0
-            fewest = layer.visible_of(length)
-            most = length if layer.window is None else min(length, layer.window - 1 + self.keep)
+            fewest, most = layer.visible_of(length), layer.needed_of(length)
             expected = (1, config.num_key_value_heads, layer.length, config.head_dim)
             if keys.shape != expected or not fewest <= layer.length <= most:
                 raise ValueError(f"layer {number} has keys of shape {list(keys.shape)} for {length} tokens")
@@ -232,10 +259,10 @@ class Cache:
 
 
 class CacheRows:
-    """Caches of one row each, whose canvases are denoised as one batch, each at its own place after its own prefix.
+    """Caches of one row each, as one batch: canvases are denoised, and tokens appended, each after its own prefix.
 
-    Nothing is copied or padded to bring rows together, so they can come and go at any step. To encode, take a row's own
-    cache.
+    Nothing is copied or padded to bring rows together, so they can come and go at any step. To encode a prompt, take a
+    row's own cache.
     """
 
     def __init__(self, caches: Sequence[Cache]):
@@ -255,6 +282,16 @@ class CacheRows:
 
     def canvas_mask(self, count: int, window: int | None) -> None:
         """No mask: every row sees all that it attends to."""
+
+    def encoder_mask(self, count: int, window: int | None, blocks: Sequence[Block] = ()) -> list[mx.array | str | None]:
+        """Each row's own mask. Raises ValueError where there are images."""
+        if blocks:
+            raise ValueError("images can be encoded in a batch of one row only")
+        return [cache.encoder_mask(count, window) for cache in self.caches]
+
+    def extended(self, count: int) -> None:
+        for cache in self.caches:
+            cache.extended(count)
 
     def settle(self) -> None:
         for cache in self.caches:

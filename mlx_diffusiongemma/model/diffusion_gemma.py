@@ -7,6 +7,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import mlx.core as mx
@@ -17,10 +18,10 @@ from ..errors import CheckpointError
 from ..options import REFERENCE_SETTINGS, GenerationOptions
 from . import vocabulary
 from .budgets import PREFILL_CHUNK
-from .cache import SNAPSHOT_BYTES, Cache, CacheRows, Label
+from .cache import SNAPSHOT_BYTES, Block, Cache, CacheRows, Label
 from .joining import fusible
-from .layer_cache import LayerCache, LayerRows
-from .layers import MLP, Attention, Extend, SelfConditioning
+from .layer_cache import LayerCache, LayerRows, Places
+from .layers import MLP, Attention, Extend, Mask, SelfConditioning
 from .moe import Experts, Router
 from .vision import VisionModel, image_blocks
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from ..processing.images import PreparedImage
 
 T = TypeVar("T")
-Block = tuple[int, int]  # first position of an image's tokens, and the one after its last
 
 
 class DecoderLayer(nn.Module):
@@ -55,7 +55,7 @@ class DecoderLayer(nn.Module):
         x: mx.array,
         extend: Extend,
         offset: int | mx.array,
-        mask: mx.array | str | None,
+        mask: Mask | list[Mask],
         scalar: mx.array,
     ) -> mx.array:
         attended = self.self_attn(self.input_layernorm(x), extend, offset, mask)
@@ -235,39 +235,66 @@ class DiffusionGemma(nn.Module):
             tokens = _shift_rows(tokens, list(cache.padding))
         return tokens
 
-    def _encode(self, x: mx.array, cache: Cache, blocks: list[Block]) -> mx.array:
-        decoder = self.model.decoder
-        offset, count = cache.offset, x.shape[1]
-        masks = {kind: self._encoder_mask(kind, cache, count, blocks) for kind in (SLIDING, FULL)}
+    def encode_lazily(self, tokens: mx.array, cache: Cache | CacheRows) -> mx.array:
+        """Append tokens [B, N] that may still be lazy, as `encode` does, without waiting for anything.
+
+        Returns their normalised hidden states [B, N, H]. What the tokens are is not known here: the caller, who reads
+        them later, adds them to `labels`, or trims them off.
+        """
+        return self._encode(self.embed(tokens), cache, [])
+
+    def _encode(self, x: mx.array, cache: Cache | CacheRows, blocks: list[Block]) -> mx.array:
+        """Append embeddings [B, N, H]. blocks: where among them images' tokens are."""
+        decoder, text, count = self.model.decoder, self.config.text, x.shape[1]
+        if text.use_bidirectional_attention != "vision":
+            blocks = []
+        masks = {
+            SLIDING: cache.encoder_mask(count, text.sliding_window, blocks),
+            FULL: cache.encoder_mask(count, None, blocks),
+        }
         positions = cache.positions
         scalars = self.model.encoder.language_model.layers
-        for config, layer, own, kept in zip(
-            self.config.text.layers, decoder.layers, scalars, cache.layers, strict=True
-        ):
+        caches: Sequence[LayerCache | LayerRows] = cache.layers
+        for config, layer, own, kept in zip(text.layers, decoder.layers, scalars, caches, strict=True):
             x = layer(x, kept.append, positions, masks[config.kind], own.layer_scalar)
-        cache.offset = offset + count
+        cache.extended(count)
         return decoder.norm(x)
 
     def denoise(
-        self, canvas: mx.array, cache: Cache | CacheRows, self_conditioning: mx.array | None = None
+        self,
+        canvas: mx.array,
+        cache: Cache | CacheRows,
+        self_conditioning: mx.array | None = None,
+        places: Places | None = None,
     ) -> mx.array:
         """Hidden states [B, L, H] of the canvas's tokens [B, L] after the cached prefix, which is only read.
 
         self_conditioning: what `soft_embedding` made of the previous step, [B, L, H]; None at the first step.
-        A cache of one row serves any B; `CacheRows` gives each row a prefix of its own.
+        A cache of one row serves any B; `CacheRows` gives each row a prefix of its own. places: the positions that the
+        tokens are at, where they are but part of a canvas, whose other keys and values are those of the step before
+        (caches of one row only); duplicates do no harm.
         """
         decoder, window = self.model.decoder, self.config.text.sliding_window
-        masks = {SLIDING: cache.canvas_mask(canvas.shape[1], window), FULL: cache.canvas_mask(canvas.shape[1], None)}
+        length = canvas.shape[1] if places is None else places[1]
+        masks = {SLIDING: cache.canvas_mask(length, window), FULL: cache.canvas_mask(length, None)}
         x = decoder.self_conditioning(self.embed(canvas), self_conditioning)
         positions = cache.positions
+        if places is not None:
+            positions = places[0] + (positions if isinstance(positions, int) else positions[:, None])
         caches: Sequence[LayerCache | LayerRows] = cache.layers
         for config, layer, kept in zip(self.config.text.layers, decoder.layers, caches, strict=True):
-            x = layer(x, kept.with_canvas, positions, masks[config.kind], layer.layer_scalar)
+            extend = kept.with_canvas if places is None else partial(kept.with_part_of_canvas, places=places)
+            x = layer(x, extend, positions, masks[config.kind], layer.layer_scalar)
         return decoder.norm(x)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Every token's logit, soft-capped, for hidden [B, L, H]: [B, L, V] float32."""
         return vocabulary.logits(self.model.decoder.embed_tokens, hidden, self.config.text.final_logit_softcapping)
+
+    def logits_of(self, hidden: mx.array, tokens: mx.array) -> mx.array:
+        """The logits of one token each, tokens [B, L], for hidden [B, L, H]: [B, L] float32, soft-capped."""
+        cap = self.config.text.final_logit_softcapping
+        return vocabulary.logits_of(self.model.decoder.embed_tokens, hidden, tokens, cap)
 
     def soft_embedding(self, processed_logits: mx.array) -> mx.array:
         """The embedding that processed_logits [B, L, V], which are divided by the temperature, lead to expect:
@@ -276,15 +303,19 @@ class DiffusionGemma(nn.Module):
         return self._scaled(vocabulary.soft_embedding(self.model.decoder.embed_tokens, processed_logits))
 
     def read_vocabulary(
-        self, hidden: mx.array, temperature: float | mx.array, key: mx.array | None = None
+        self,
+        hidden: mx.array,
+        temperature: float | mx.array,
+        key: mx.array | None = None,
+        places: Places | None = None,
     ) -> vocabulary.Reading:
         """Read tokens, sample, entropy and soft embedding off hidden [B, L, H] in one pass; no logits are kept.
 
         temperature: one for all rows, or of each row, [B]. key: PRNG key [2], or one per row [B, 2]; without one
-        nothing is drawn and no soft embedding computed.
+        nothing is drawn and no soft embedding computed. places: see `denoise`; each is drawn as in the whole canvas.
         """
         cap = self.config.text.final_logit_softcapping
-        reading = vocabulary.read(self.model.decoder.embed_tokens, hidden, cap, temperature, key)
+        reading = vocabulary.read(self.model.decoder.embed_tokens, hidden, cap, temperature, key, places)
         if reading.soft_embedding is None:
             return reading
         return reading._replace(soft_embedding=self._scaled(reading.soft_embedding))
@@ -301,30 +332,6 @@ class DiffusionGemma(nn.Module):
     def _scaled(self, embeddings: mx.array) -> mx.array:
         scale = vocabulary.embedding_scale(self.model.decoder.embed_tokens, self.config.text.hidden_size)
         return embeddings.astype(scale.dtype) * scale
-
-    def _encoder_mask(self, kind: str, cache: Cache, count: int, blocks: list[Block]) -> mx.array | str | None:
-        """Which of the visible tokens each of the next `count` may attend to: itself and those before it, in sliding
-        layers at most `window - 1` back; all of its own image, beyond the window too; never padding.
-        """
-        window = self.config.text.sliding_window if kind == SLIDING else None
-        before = cache.offset if window is None else min(cache.offset, window - 1)
-        if self.config.text.use_bidirectional_attention != "vision":
-            blocks = []
-        if cache.padding is None and not blocks and (window is None or before + count <= window):
-            return "causal" if count > 1 else None
-        queries = mx.arange(cache.offset, cache.offset + count)[:, None]
-        keys = mx.arange(cache.offset - before, cache.offset + count)[None]
-        mask = keys <= queries
-        if window is not None:
-            mask = mask & (keys > queries - window)
-        for first, last in blocks:
-            first, last = first + cache.offset, last + cache.offset
-            mask = mask | ((queries >= first) & (queries < last) & (keys >= first) & (keys < last))
-        if cache.padding is None:
-            return mask
-        real = keys >= mx.array(cache.padding)[:, None, None, None]
-        # A padding token sees itself: a row of nothing but -inf would turn into NaN and spread.
-        return (mask & real) | (keys == queries)
 
 
 def chunk_bounds(count: int, blocks: Sequence[Block] = ()) -> Iterator[tuple[int, int]]:

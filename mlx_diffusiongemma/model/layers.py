@@ -18,6 +18,7 @@ from .joining import Fusible
 from .layer_cache import KeysValues
 
 Seen = KeysValues | list[KeysValues]  # what queries attend to: of all rows together, or row by row
+Mask = mx.array | str | None  # of all rows together, see `attend`
 Extend = Callable[[mx.array, mx.array], Seen]
 Arrays = TypeVarTuple("Arrays")
 Result = TypeVar("Result")
@@ -40,7 +41,7 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
     return 0.5 * gate * (1 + mx.tanh(0.7978845608028654 * cubic)) * up
 
 
-def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None) -> mx.array:
+def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array:
     """Attention with scale 1. queries [B, heads, N, D], keys and values [B, kv_heads, M, D] -> [B, heads, N, D].
 
     mask: None, "causal" (the last query sees all keys), or booleans that broadcast to [B, heads, N, M].
@@ -64,13 +65,14 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array |
     return mx.concatenate(outputs, axis=2)
 
 
-def attend_rows(queries: mx.array, seen: Seen, mask: mx.array | str | None) -> mx.array:
+def attend_rows(queries: mx.array, seen: Seen, mask: Mask | list[Mask]) -> mx.array:
     """Attention as `attend` computes it, to keys and values of all rows, or row by row to a list with those of each,
-    which can differ in length and take no mask.
+    which can differ in length. mask: for a list, one of all rows or a list of each row's own.
     """
+    masks = mask if isinstance(mask, list) else [mask] * len(queries)
     if isinstance(seen, tuple):
-        return attend(queries, *seen, mask)
-    return mx.concatenate([attend(queries[row : row + 1], *own, None) for row, own in enumerate(seen)])
+        return attend(queries, *seen, masks[0])
+    return mx.concatenate([attend(queries[row : row + 1], *own, masks[row]) for row, own in enumerate(seen)])
 
 
 class Attention(Fusible):
@@ -100,15 +102,24 @@ class Attention(Fusible):
         rope = config.rope_parameters[layer.kind]
         self.rope = initialize_rope(self.head_dim, rope["rope_theta"], False, rope, config.max_position_embeddings)
 
-    def __call__(self, x: mx.array, extend: Extend, offset: int | mx.array, mask: mx.array | str | None) -> mx.array:
-        """x [B, N, hidden] at positions from `offset` (an int, or one per row) -> [B, N, hidden].
+    def __call__(self, x: mx.array, extend: Extend, offset: int | mx.array, mask: Mask | list[Mask]) -> mx.array:
+        """x [B, N, hidden] at positions from `offset` (an int, or one per row), or at each of `offset` [B, N] ->
+        [B, N, hidden].
 
         `extend` takes the new keys and values and returns all that are attended to.
         """
         queries, keys, values = (heads.transpose(0, 2, 1, 3) for heads in self._project(x))
-        queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
+        queries, keys = self._rotated(queries, offset), self._rotated(keys, offset)
         output = attend_rows(queries, extend(keys, values), mask)
         return self.o_proj(output.transpose(0, 2, 1, 3).flatten(2))
+
+    def _rotated(self, heads: mx.array, offset: int | mx.array) -> mx.array:
+        if isinstance(offset, int) or offset.ndim < 2:
+            return self.rope(heads, offset=offset)
+        # RoPE takes positions in a row, from one per batch row: here each token is a batch row of its own.
+        rows, _, count, width = heads.shape
+        apart = heads.transpose(0, 2, 1, 3).reshape(rows * count, -1, 1, width)
+        return self.rope(apart, offset=offset.flatten()).reshape(rows, count, -1, width).transpose(0, 2, 1, 3)
 
     def _project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Normalised queries, keys and values, each [B, N, heads, head_dim]."""

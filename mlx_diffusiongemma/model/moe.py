@@ -9,6 +9,8 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from ..config import TextConfig
 from .layers import geglu
 
+SORTED = 64  # rows from which on sorting them by expert pays: mlx-lm's own number
+
 
 class Router(nn.Module):
     """Chooses each token's experts and weighs them (`DiffusionGemmaTextRouter`)."""
@@ -42,6 +44,10 @@ class Experts(nn.Module):
 
     def __call__(self, x: mx.array, experts: mx.array, weights: mx.array) -> mx.array:
         """x [tokens, hidden], experts and weights [tokens, top_k] -> [tokens, hidden]."""
+        if experts.size < SORTED:
+            gate, up = mx.split(self.gate_up_proj(x[:, None, None], experts), 2, axis=-1)
+            output = self.down_proj(geglu(gate, up), experts)[:, :, 0]
+            return (weights.astype(output.dtype)[:, None] @ output)[:, 0].astype(x.dtype)
         # Rows sorted by expert let the gathered products run as one matrix product per expert.
         top_k = experts.shape[-1]
         flat = experts.flatten()

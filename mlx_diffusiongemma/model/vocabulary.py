@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .budgets import BLOCK_BUDGET, BLOCK_TOKENS, GROUP, MEMBER_ROWS
+from .layer_cache import Places
 from .layers import fuse_elementwise
 
 Embedding = nn.Embedding | nn.QuantizedEmbedding
@@ -25,15 +26,14 @@ class Reading(NamedTuple):
 
     tokens [B, L]: argmax. sample [B, L]: one draw per position. entropy [B, L]: nats, float32. soft_embedding
     [B, L, hidden]: the expected embedding. `sample` and `soft_embedding` are None where no key was given.
-    normaliser [B, L]: the log of the sum over all tokens of exp(processed logit), float32: a token's processed logit
-    less this is its log probability.
+    log_total [B, L]: what processed logits are above the log probabilities, float32; None where nobody computed it.
     """
 
     tokens: mx.array
     sample: mx.array | None
     entropy: mx.array
     soft_embedding: mx.array | None
-    normaliser: mx.array
+    log_total: mx.array | None = None
 
 
 def embedding_rows(embedding: Embedding, index: mx.array) -> Embedding:
@@ -84,7 +84,13 @@ def logits(embedding: Embedding, hidden: mx.array, cap: float) -> mx.array:
 
     The product is in the model's dtype, the rest in float32.
     """
-    return mx.tanh(embedding.as_linear(hidden).astype(mx.float32) / cap) * cap
+    return _capped(embedding.as_linear(hidden), mx.array(cap))
+
+
+def logits_of(embedding: Embedding, hidden: mx.array, tokens: mx.array, cap: float) -> mx.array:
+    """The soft-capped logits of one token each, tokens [...], for hidden [..., hidden]: [...] float32."""
+    vectors = embedding(tokens.flatten()).reshape(hidden.shape)
+    return _capped((vectors[..., None, :] @ hidden[..., None])[..., 0, 0], mx.array(cap))
 
 
 def soft_embedding(embedding: Embedding, processed_logits: mx.array) -> mx.array:
@@ -94,6 +100,11 @@ def soft_embedding(embedding: Embedding, processed_logits: mx.array) -> mx.array
     probabilities stay float32 up to the product. In float32 both are the same.
     """
     return expected_embedding(embedding, mx.softmax(processed_logits.astype(mx.float32), axis=-1))
+
+
+@fuse_elementwise
+def _capped(raw: mx.array, cap: mx.array) -> mx.array:
+    return mx.tanh(raw.astype(mx.float32) / cap) * cap
 
 
 @fuse_elementwise
@@ -147,12 +158,18 @@ def block_length(rows: int, vocabulary: int) -> int:
 
 
 def read(
-    embedding: Embedding, hidden: mx.array, cap: float, temperature: float | mx.array, key: mx.array | None
+    embedding: Embedding,
+    hidden: mx.array,
+    cap: float,
+    temperature: float | mx.array,
+    key: mx.array | None,
+    places: Places | None = None,
 ) -> Reading:
     """One pass over the vocabulary for hidden [B, L, hidden], at `temperature` (> 0), one or of each row [B].
 
     key: a PRNG key [2] for all rows, or one per row [B, 2]; None draws nothing and leaves the soft embedding out.
-    The soft embedding is unscaled.
+    The soft embedding is unscaled. places: where in a canvas the L positions are, if they are only some of it: then
+    each draws what it draws in the whole canvas.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
     vocabulary = embedding.weight.shape[0]
@@ -168,14 +185,13 @@ def read(
         rows = mx.depends(rows, total.state)
     shape, sums = hidden.shape[:-1], total.sums
     assert sums is not None  # a vocabulary has at least one block
-    tokens, entropy, normaliser = (part.reshape(shape) for part in (sums.tokens, sums.entropy, sums.normaliser))
+    tokens, entropy, log_total = (array.reshape(shape) for array in (sums.tokens, sums.entropy, sums.log_total))
     if key is None or sums.soft is None:
-        return Reading(tokens, None, entropy, None, normaliser)
-    uniforms = draw_uniforms(key, shape).reshape(2, -1)
+        return Reading(tokens, None, entropy, None, log_total)
+    uniforms = _uniforms(key, shape, places).reshape(2, -1)
     group = _pick(total.group_masses(sums.top), uniforms[0])
     sample = group * GROUP + _pick(_member_weights(embedding, rows, group, bound, divisor), uniforms[1])
-    soft = (sums.soft / sums.mass).reshape(hidden.shape)
-    return Reading(tokens, sample.reshape(shape), entropy, soft, normaliser)
+    return Reading(tokens, sample.reshape(shape), entropy, (sums.soft / sums.mass).reshape(hidden.shape), log_total)
 
 
 def sample_from(processed_logits: mx.array, key: mx.array) -> mx.array:
@@ -197,6 +213,14 @@ def draw_uniforms(key: mx.array, shape: tuple[int, ...]) -> mx.array:
     if key.ndim == 1:
         return mx.random.uniform(shape=(2, *shape), key=key)
     return mx.stack([mx.random.uniform(shape=(2, shape[1]), key=row) for row in key], axis=1)
+
+
+def _uniforms(key: mx.array, shape: tuple[int, ...], places: Places | None) -> mx.array:
+    """`draw_uniforms` for [B, L] positions: of a whole canvas, or of those that `places` says."""
+    if places is None:
+        return draw_uniforms(key, shape)
+    index, length = places
+    return mx.take_along_axis(draw_uniforms(key, (shape[0], length)), index[None], axis=2)
 
 
 def _product(block: Embedding, rows: mx.array) -> mx.array:
@@ -223,8 +247,8 @@ class _Sums(NamedTuple):
         return (mx.log(self.mass) - self.moment / self.mass)[:, 0]
 
     @property
-    def normaliser(self) -> mx.array:
-        """[rows]: log of the sum of exp(x)."""
+    def log_total(self) -> mx.array:
+        """[rows]: the logarithm of the sum of all exponentials."""
         return (self.top + mx.log(self.mass))[:, 0]
 
 

@@ -1,4 +1,4 @@
-"""What each speed mode costs and gains on the trained demo checkpoint: the README's table.
+"""What each speed mode costs and gains on the trained demo checkpoint, as the table in README.md beside this.
 
 python tests/benchmarks/modes.py [--prompts 200] [--seeds 3]
 """

@@ -24,7 +24,7 @@ def test_the_true_4_bit_checkpoint_fits_18_gb():
     memory = accounting.memory_needed(ModelConfig.from_dict(true_config()), weights, 8192)
     assert memory.weights == weights
     assert memory.total <= 18e9
-    assert memory.cache == pytest.approx(0.5e9, rel=0.02)
+    assert memory.cache == pytest.approx(0.516e9, rel=0.01)
 
 
 def test_rows_that_share_a_prefix_keep_to_their_budget():
@@ -39,7 +39,7 @@ def test_rows_that_share_a_prefix_keep_to_their_budget():
 
 def test_a_snapshot_is_what_the_sliding_layers_hold():
     config = ModelConfig.from_dict(true_config())
-    assert accounting.memory_needed(config, 0, 8192).snapshot == pytest.approx(314e6, rel=0.01)
+    assert accounting.memory_needed(config, 0, 8192).snapshot == pytest.approx(327e6, rel=0.01)
 
 
 def test_the_operations_of_a_true_step():

@@ -344,3 +344,8 @@ def test_mlx_missing_says_what_to_install(monkeypatch):
     monkeypatch.delitem(vars(mlx_diffusiongemma), "load", raising=False)
     with pytest.raises(mlx_diffusiongemma.DiffusionGemmaError, match=r"mlx-diffusiongemma\[cpu\]"):
         _ = mlx_diffusiongemma.load
+
+
+def test_a_directory_has_no_revision(demo_float32):
+    with pytest.raises(CheckpointError, match="`revision` is about a repository"):
+        load(demo_float32, revision="main")

@@ -54,6 +54,8 @@ def test_version_and_usage():
     assert run().returncode == 2 and "convert" in run().stdout + run().stderr
     assert run("generate", "--no-such-option").returncode == 2
     assert run("convert", "--q4", "--q8").returncode == 2
+    assert "none of diffusion, ar, speculative" in run("generate", "hi", "--decoder", "left").stderr
+    assert "is not a number from 0 to 1" in run("generate", "hi", "--top-p", "x").stderr
 
 
 def test_an_answer_and_its_statistics(demo_float32):
@@ -108,8 +110,10 @@ def test_without_any_model_the_ready_made_one_is_named(tmp_path):
         (["generate", "hi", "--model", DEMO], 1, f"mlx-dg convert {DEMO} --q4"),
         (["generate", "hi", "--model", "nobody/nothing"], 1, "nobody/nothing"),
         (["generate", "hi", "--temp", "0.5"], 1, "schedule"),
-        (["generate", "hi", "--temperature", "0.5"], 1, "--temperature has no meaning"),
-        (["generate", "hi", "--top-p", "x"], 1, "--top-p has no meaning"),
+        (["generate", "hi", "--temperature", "0.5"], 1, "--temp has no meaning"),
+        (["generate", "hi", "--top-p", "0.9"], 1, "--top-p has no meaning"),
+        (["generate", "hi", "--decoder", "ar", "--steps", "3"], 1, "--steps is about denoising"),
+        (["generate", "hi", "--decoder", "ar", "--mode", "fast"], 1, "--mode fast is about denoising"),
         (["chat", "--top-k", "5"], 1, "--top-k has no meaning"),
         (["generate", ""], 1, "The prompt is empty"),
         (["generate", "-p", " \n"], 1, "The prompt is empty"),
@@ -157,13 +161,21 @@ def test_a_number_that_cannot_be_is_answered_under_the_option_typed(arguments, s
     assert "input" not in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_full_disk_is_answered_with_what_helps(demo_float32):
-    command = f"{COMMAND[0]} generate 'sort 312' --model {demo_float32} > /dev/full"
+@pytest.mark.parametrize("arguments", ["generate 'sort 312' --model MODEL", "--help", "--version", "generate --help"])
+def test_a_full_disk_is_answered_with_what_helps(demo_float32, arguments):
+    command = f"{COMMAND[0]} {arguments.replace('MODEL', str(demo_float32))} > /dev/full"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         "mlx-dg: The output could not be written (No space left on device); free some space, or write elsewhere."
     )
+
+
+@pytest.mark.parametrize(("closed", "out"), [("<&-", "123\n"), (">&-", ""), ("2>&-", "123\n")])
+def test_a_closed_stream_is_as_good_as_an_empty_one(demo_float32, closed, out):
+    command = f"{COMMAND[0]} generate 'sort 312' --seed 1 --model {demo_float32} {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, out) and "Traceback" not in done.stderr
 
 
 def test_transformers_does_not_remark_on_pytorch(demo_float32):
@@ -240,8 +252,13 @@ def _foreign(place: Path) -> None:
 def test_demo_needs_no_network_and_rebuilds_a_damaged_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(demo_command, "TASKS", ("sort 53142",))
+    assert CliRunner().invoke(app, ["demo", "--json", "--canvas"]).exit_code == 2
     first = CliRunner().invoke(app, ["demo", "--seed", "1"])
     assert (first.exit_code, first.stdout) == (0, "12345\n") and "Converting" in first.stderr
+    events = [
+        json.loads(line) for line in CliRunner().invoke(app, ["demo", "--seed", "1", "--json"]).stdout.splitlines()
+    ]
+    assert [event["text"] for event in events if event["type"] == "commit"] == ["12345"]
     (place,) = (tmp_path / "mlx-diffusiongemma").iterdir()
     for damage in (_nothing, _cut_weights, _cut_template, _empty, _file, _foreign):
         damage(place)
@@ -251,8 +268,13 @@ def test_demo_needs_no_network_and_rebuilds_a_damaged_cache(tmp_path, monkeypatc
         assert list((tmp_path / "mlx-diffusiongemma").iterdir()) == [place]
 
 
-@pytest.mark.parametrize("arguments", [["generate", "-", "--max-tokens", "3000", "--steps", "48", "--confidence", "0"]])
-def test_ctrl_c_exits_130(demo_float32, arguments, tmp_path):
+@pytest.mark.parametrize(
+    ("ended", "code", "said"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "Terminated"), (signal.SIGHUP, 129, "Hangup")],
+)
+def test_a_signal_ends_it_and_leaves_no_litter(demo_float32, ended, code, said, tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    arguments = ["generate", "-", "--max-tokens", "3000", "--steps", "48", "--confidence", "0", "--trace", trace]
     process = subprocess.Popen(
         [*COMMAND, *arguments, "--model", demo_float32, "--json"],
         stdin=subprocess.PIPE,
@@ -260,14 +282,15 @@ def test_ctrl_c_exits_130(demo_float32, arguments, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         # Whoever runs the tests in the background may have it ignored, which children inherit.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(ended, signal.SIG_DFL),
     )
     process.stdin.write("count from 17")
     process.stdin.close()
     process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 130
-    assert "Traceback" not in process.stderr.read()
+    process.send_signal(ended)
+    assert process.wait(timeout=30) == code
+    assert process.stderr.read().splitlines()[-1] == f"mlx-dg: {said}"
+    assert list(tmp_path.iterdir()) == [trace]  # what was denoised until then can be replayed
 
 
 def test_a_closed_pipe_is_no_error(demo_float32):
@@ -280,7 +303,8 @@ def test_a_recorded_generation_is_replayed_and_drawn(demo_float32, tmp_path):
     trace = tmp_path / "trace.jsonl"
     done = run("generate", "sort 53142", "--model", demo_float32, "--seed", 1, "--trace", trace)
     assert done.stdout == "12345\n"
-    assert run("replay", trace, "--speed", 50).stdout == "12345\n"
+    again = run("replay", trace, "--speed", 50)
+    assert (again.stdout, again.stderr.splitlines()[0]) == ("12345\n", "> sort 53142")
     pictures = [tmp_path / "moving.svg", tmp_path / "entropy.svg", tmp_path / "moving.gif"]
     drawn = run("replay", trace, "--svg", pictures[0], "--entropy", pictures[1], "--gif", pictures[2])
     assert drawn.returncode == 0 and all(picture.stat().st_size > 1000 for picture in pictures)

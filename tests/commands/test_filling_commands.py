@@ -154,3 +154,25 @@ def test_ctrl_c_exits_130_and_leaves_the_terminal_clean(demo_float32, verb):
     for mode in (b"\x1b[?25", b"\x1b[?7"):
         assert seen.rfind(mode + b"h") > seen.rfind(mode + b"l")
     assert b"\x1b[?2026l" in seen[seen.rfind(b"\x1b[?2026h") :]
+
+
+@pytest.mark.parametrize("verb", [["infill", "--hole", "X"], ["edit", "sort", "--lines", "1"]])
+def test_a_trace_replaces_another_file_only_by_force(demo_float32, tmp_path, verb):
+    file, trace = tmp_path / "file.txt", tmp_path / "trace"
+    file.write_text("reverse abc: X end\n")
+    trace.write_text("a thesis")
+    asked = (verb[0], file, *verb[1:], "--trace", trace, "--model", demo_float32, *QUICK)
+    refused = run(*asked)
+    assert refused.returncode == 1 and "is there already" in refused.stderr and trace.read_text() == "a thesis"
+    assert run(*asked, "--force").returncode == 0 and read_trace(trace)
+    assert run(verb[0], file, *verb[1:], "--force", "--model", demo_float32).returncode == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.txt", "trace"]
+
+
+def test_what_is_written_replaces_a_file_of_another_kind_only_by_force(demo_float32, tmp_path):
+    file, out = tmp_path / "file.txt", tmp_path / "picture"
+    file.write_text("reverse abc: <FILL> end\n")
+    out.write_bytes(b"\x89PNG\xff")
+    asked = ("infill", file, "-o", out, "--model", demo_float32, *QUICK)
+    assert run(*asked).returncode == 1 and out.read_bytes() == b"\x89PNG\xff"
+    assert run(*asked, "--force").returncode == 0 and out.read_text().startswith("reverse abc: ")

@@ -131,3 +131,20 @@ def test_remove_without_asking_and_without_deleting(mine):
     assert not mine.exists() and remembered() == []
     done = run("models", "remove", "mine", "--yes")
     assert done.exit_code == 1 and "none is known yet" in done.stderr
+
+
+def test_a_repository_is_removed_from_the_hubs_cache(demo_float32, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    cache = tmp_path / "hub"
+    snapshot = cache / "models--owner--small" / "snapshots" / ("0" * 40)
+    shutil.copytree(demo_float32, snapshot)
+    (cache / "models--owner--small" / "refs").mkdir()
+    (cache / "models--owner--small" / "refs" / "main").write_text("0" * 40)
+    other = cache / "models--owner--other" / "snapshots" / ("1" * 40)
+    shutil.copytree(demo_float32, other)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    remember("owner/small")
+    done = run("models", "remove", "small", "--yes")
+    assert done.exit_code == 0 and "Deleted 8.3 MB of owner/small." in done.stderr, done.stderr
+    assert not (cache / "models--owner--small").exists() and other.is_dir() and remembered() == []

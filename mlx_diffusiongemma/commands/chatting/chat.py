@@ -13,6 +13,7 @@ from ...paths import user_path
 from ..common import (
     CanvasLength,
     Confidence,
+    Continue,
     EntropyBound,
     Heat,
     LiveCanvas,
@@ -23,19 +24,21 @@ from ..common import (
     Steps,
     Stop,
     System,
-    Temp,
-    Temperature,
     Thinking,
     Tools,
-    TopK,
-    TopP,
-    chosen_mode,
+    Yes,
     load_model,
+    named_model,
+    notice,
+    say,
 )
+from ..keeping.conversations import Keeper, find, read
+from ..keeping.shown import show_message
+from .decoding import Decoding, MinP, RepetitionPenalty, Temp, TopK, TopP, make_options
 from .input import Read, at_terminal, message_reader
 from .settings import NAMES, change
-from .tools import Functions, load_functions, written_call
-from .turns import Turns, say, shortened
+from .tools import Functions, load_functions
+from .turns import Turns
 
 if TYPE_CHECKING:
     from ...generation.session import ChatSession
@@ -45,6 +48,7 @@ HELP = """\
 /video PATH      show it a GIF, WebP or APNG, frame by frame
 /system TEXT     set the instructions; without text, take them away
 /think           let the model think first, or stop that
+/decoder NAME    write with diffusion, ar (left to right) or speculative
 /set NAME VALUE  change an option, such as /set steps 24; /set lists them
 /undo            forget the last turn
 /reset           forget all turns
@@ -60,15 +64,22 @@ TAKE_PATHS = ("image", "video", "save", "load")
 
 def chat(
     model: Model = None,
+    go_on: Continue = False,
     system: System = None,
     thinking: Thinking = False,
     tools: Tools = None,
     max_tokens: MaxTokens = 1024,
+    decoder: Decoding = "diffusion",
     mode: Mode = "reference",
     steps: Steps = None,
     entropy_bound: EntropyBound = None,
     confidence: Confidence = None,
     canvas_length: CanvasLength = None,
+    temp: Temp = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     stop: Stop = None,
     seed: Seed = None,
     live: LiveCanvas = None,
@@ -76,27 +87,37 @@ def chat(
     history: Annotated[
         bool, typer.Option("--history/--no-history", help="Keep what you type for the next chat's arrow keys.")
     ] = True,
-    temp: Temp = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
+    yes: Yes = False,
 ) -> None:
     """Talk; every turn costs only what is new. Piped, a line is a turn."""
-    from ... import ChatSession, GenerationOptions
+    from ... import ChatSession
 
     functions = load_functions(tools) if tools else {}
-    options = GenerationOptions(
+    options = make_options(
         max_tokens=max_tokens,
-        max_steps=steps,
+        decoder=decoder,
+        mode=mode,
+        steps=steps,
         entropy_bound=entropy_bound,
         confidence=confidence,
         canvas_length=canvas_length,
-        stop=tuple(stop or ()),
+        stop=stop,
         seed=seed,
-    ).filled_from(chosen_mode(mode))
-    loaded, processor = load_model(model)
+        temp=temp,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
+    last = read(find("")) if go_on else None
+    source = named_model(model or (last.model if last else None))
+    loaded, processor = load_model(source, yes=yes)
     session = ChatSession(loaded, processor, system, list(functions.values()), thinking, options)
-    talk = _Chat(session, functions, live, heat)
+    keeper = Keeper(session, source, notice)
+    talk = _Chat(session, functions, keeper, live, heat)
+    if last:
+        keeper.resume(last)
+        talk.show_again()
     if at_terminal():
         typer.secho("/help lists the commands, Ctrl-D leaves.", err=True, dim=True)
     talk.run(message_reader((*talk.commands, "bye"), TAKE_PATHS, NAMES, keep=history))
@@ -107,10 +128,18 @@ def chat(
 class _Chat:
     """The user's side of a session: what a line means, and what is shown for it."""
 
-    def __init__(self, session: ChatSession, functions: Functions, live: bool | None, heat: bool = False):
+    def __init__(
+        self,
+        session: ChatSession,
+        functions: Functions,
+        keeper: Keeper,
+        live: bool | None,
+        heat: bool = False,
+    ):
         self.session, self.turns = session, Turns(session, functions, live, heat)
-        self.images: list[Any] = []  # for the next message
-        self.videos: list[Any] = []
+        self.keeper = keeper
+        self.images: list[tuple[str, Any]] = []  # for the next message, with their sources
+        self.videos: list[tuple[str, Any]] = []
         self.failed = False
         self.commands: dict[str, Callable[[str], None]] = {
             "help": lambda _: say(HELP),
@@ -118,6 +147,7 @@ class _Chat:
             "video": self._video,
             "system": self._system,
             "think": self._think,
+            "decoder": lambda text: say(change(self.turns, f"decoder {text}")),
             "set": lambda text: say(change(self.turns, text)),
             "undo": self._undo,
             "reset": self._reset,
@@ -146,7 +176,9 @@ class _Chat:
     def _take(self, line: str) -> None:
         if not line.startswith("/") or line.startswith("//"):
             text = line.removeprefix("/") if line.startswith("//") else line
-            self.turns.take(lambda cancel: self.session.send(text, self.images, self.videos, cancel=cancel))
+            images, videos = ([picture for _, picture in pictures] for pictures in (self.images, self.videos))
+            if self.turns.take(lambda cancel: self.session.send(text, images, videos, cancel=cancel)):
+                self.keeper.keep([source for source, _ in (*self.images, *self.videos)])
             self.images, self.videos = [], []  # a message that is refused leaves them for the next
             return
         name, _, rest = line[1:].partition(" ")
@@ -157,15 +189,17 @@ class _Chat:
     def _image(self, path: str) -> None:
         from ...processing.images import load_image
 
-        image = load_image(_source(_unquoted(path, "/image")))
-        self.images.append(image)
+        source = _unquoted(path, "/image")
+        image = load_image(_source(source))
+        self.images.append((source, image))
         say(f"{image.width} × {image.height} pixels, for your next message")
 
     def _video(self, path: str) -> None:
         from ...processing.images import timestamp
 
-        video = self.session.processor.prepare_video(_source(_unquoted(path, "/video")))
-        self.videos.append(video)
+        source = _unquoted(path, "/video")
+        video = self.session.processor.prepare_video(_source(source))
+        self.videos.append((source, video))
         count = len(video.frames)
         say(f"{count} frame{'s' * (count != 1)}, the last at {timestamp(video.times[-1])}, for your next message")
 
@@ -179,10 +213,12 @@ class _Chat:
 
     def _undo(self, _: str) -> None:
         self.session.undo()
+        self.keeper.keep()
         say("The last turn is forgotten.")
 
     def _reset(self, _: str) -> None:
         self.session.reset()
+        self.keeper.begin()
         say("All turns are forgotten.")
 
     def _save(self, path: str) -> None:
@@ -193,9 +229,14 @@ class _Chat:
 
     def _load(self, path: str) -> None:
         self.session.restore(user_path(_unquoted(path, "/load")))
+        self.keeper.begin()
+        self.show_again()
+
+    def show_again(self) -> None:
+        """Show the conversation that goes on."""
         turns = sum(message["role"] == "user" for message in self.session.messages)
         for message in self.session.messages:
-            _show_again(message)
+            show_message(message)
         say(f"{turns} turn{'s' * (turns != 1)} loaded.")
 
 
@@ -210,22 +251,3 @@ def _unquoted(path: str, command: str) -> str:
     if not path:
         raise PromptError(f"{command} needs a path: {command} PATH")
     return path
-
-
-def _show_again(message: dict[str, Any]) -> None:
-    """Show a message of a conversation that was loaded, on stderr: it is no answer to anything."""
-    from ...display.cells import printable
-
-    content = message["content"]
-    if isinstance(content, list):  # its pictures are named, its text is shown
-        content = " ".join(part.get("text") or f"({part['type']})" for part in content)
-    role = message["role"]
-    if role in ("user", "system"):
-        typer.secho(f"{'> ' if role == 'user' else ''}{printable(str(content))}", err=True, bold=role == "user")
-    elif content and role == "assistant":
-        say(printable(str(content)))
-    for call in message.get("tool_calls") or ():
-        function = call["function"]
-        typer.secho(printable(written_call(function["name"], function["arguments"])), err=True, dim=True)
-    if role == "tool":
-        typer.secho(f"gave {printable(shortened(content))}", err=True, dim=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ...errors import PromptError
-from ..common import end_line
+from ..common import end_line, say
+from ..keeping.shown import shortened
 from .input import answer_reader, at_terminal, interrupts
 from .tools import Failure, Functions, run_call, written
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ...generation.session import ChatSession
 
 MOST_CALLS = 8  # replies in a row that call tools
-MOST_SHOWN = 300  # characters of what a tool gives
 Send = Callable[[threading.Event], Iterator["Event"]]
 
 
@@ -32,8 +31,10 @@ class Turns:
     def __init__(self, session: ChatSession, functions: Functions, live: bool | None = None, heat: bool = False):
         self.session, self.functions, self.live, self.heat = session, functions, live, heat
 
-    def take(self, send: Send) -> None:
+    def take(self, send: Send) -> bool:
         """Show a reply, and those after it while the model calls tools. A turn that is not finished is forgotten.
+
+        Returns whether it was finished.
 
         Ctrl-C ends the turn wherever it is, at a terminal; elsewhere KeyboardInterrupt comes through, once a reply is
         stopped. Raises PromptError where the model does not stop to call tools.
@@ -48,8 +49,9 @@ class Turns:
                 done = self._show(self._with_results(results))
             if self.session.tool_calls and done.finish_reason != "cancelled":
                 raise PromptError(f"The model called tools {MOST_CALLS} times in a row; ask in another way.")
-            if done.finish_reason == "cancelled":
-                say("Stopped; this turn is forgotten.")
+            if done.finish_reason != "cancelled":
+                return True
+            say("Stopped; this turn is forgotten.")
         except KeyboardInterrupt:
             if not at_terminal():
                 raise
@@ -57,6 +59,7 @@ class Turns:
         finally:
             if self.session.tool_calls and len(self.session.messages) > turns:
                 self.session.undo()
+        return False
 
     def _with_results(self, results: list[Any]) -> Send:
         return lambda cancel: self.session.send_tool_results(results, cancel=cancel)
@@ -102,18 +105,3 @@ class Turns:
             return {"error": str(failure)}
         say(f"{call.name} gave {printable(shortened(result))}")
         return result
-
-
-def shortened(result: Any) -> str:
-    """Write what a tool gave in one line that a terminal has room for."""
-    try:
-        text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError):
-        text = repr(result)
-    text = " ".join(text.split())
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}… ({len(text):,} characters)"
-
-
-def say(text: str) -> None:
-    """Tell the user something that is no part of an answer."""
-    typer.echo(text, err=True)
