@@ -123,12 +123,11 @@ class ScriptedModel:
         processed = hidden / (temperature[:, None, None] if isinstance(temperature, mx.array) else temperature)
         log_probabilities = processed - mx.logsumexp(processed, axis=-1, keepdims=True)
         entropy = -(mx.exp(log_probabilities) * log_probabilities).sum(-1)
-        normaliser = mx.logsumexp(processed, axis=-1)
         tokens = hidden.argmax(-1)
         if key is None:
-            return vocabulary.Reading(tokens, None, entropy, None, normaliser)
+            return vocabulary.Reading(tokens, None, entropy, None)
         sample = vocabulary.sample_from(processed, key)
-        return vocabulary.Reading(tokens, sample, entropy, self.embed(tokens), normaliser)
+        return vocabulary.Reading(tokens, sample, entropy, self.embed(tokens))
 
     def embed(self, tokens):
         return tokens[..., None].astype(mx.float32)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from ..model.diffusion_gemma import DiffusionGemma
     from ..options import Settings
 
-DECIDED = 4.0  # nats between the best places and their rivals, from which on they count as known
-OPEN_STEPS = 4  # after which rivals are denoised beside the best
+DECIDED = 10.0  # nats between the best places and their rivals, from which on they count as known
+OPEN_STEPS = 6  # after which rivals are denoised beside the best
 REFUTED = 6.0  # nats by which another token was likelier, from which on a canvas that saw it begins anew
 ROWS = 3  # the best and its rivals, where the caller asks for no more
 

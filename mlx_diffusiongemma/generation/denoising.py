@@ -297,7 +297,7 @@ class State(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """A step under way. `report` [B, 3 L + flags + notes] holds all that is read back, so that one read blocks, once."""
+    """A step under way. `report` [B, 3 L + flags + notes] holds all that is read back, so that one read blocks."""
 
     report: mx.array
     after: State

@@ -18,11 +18,10 @@ def plain_reader(model):
         processed = model.logits(hidden) / temperature
         log_probabilities = processed - mx.logsumexp(processed, axis=-1, keepdims=True)
         entropy = -(mx.exp(log_probabilities) * log_probabilities).sum(-1)
-        normaliser = mx.logsumexp(processed, axis=-1)
         if key is None:
-            return vocabulary.Reading(processed.argmax(-1), None, entropy, None, normaliser)
+            return vocabulary.Reading(processed.argmax(-1), None, entropy, None)
         sample = vocabulary.sample_from(processed, key)
-        return vocabulary.Reading(processed.argmax(-1), sample, entropy, model.soft_embedding(processed), normaliser)
+        return vocabulary.Reading(processed.argmax(-1), sample, entropy, model.soft_embedding(processed))
 
     return read
 
