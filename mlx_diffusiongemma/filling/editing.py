@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PromptError
 from ..events import Event, Result
-from ..generation.request import make_request, request_options
+from ..generation.request import canvas_options, make_request
 from ..options import GenerationOptions
 from .gaps import Anchor, Gap, Piece, Segment, Span, text_tokens
 from .infilling import check_milliseconds, reply_ending
@@ -73,7 +73,7 @@ def edit(
     check_milliseconds(milliseconds)
     if strength == 0:
         return Edited(text)
-    settings = request_options(model, options, seed=seed)
+    settings = canvas_options(model, options, seed)
     if isinstance(instruction, str):
         instruction = "\n\n".join([instruction, *(text[start:stop] for start, stop in spans)])
     segments: list[Segment] = []

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import PromptError
 from ..events import Event, Result
-from ..generation.request import make_request, request_options
+from ..generation.request import canvas_options, make_request
 from ..options import GenerationOptions
 from .gaps import Gap, Segment, Span, most_tokens, text_tokens
 from .infilling import Instruction, reply_ending
@@ -89,7 +89,7 @@ def fill(
     """
     if not isinstance(template, str) or not isinstance(fields, Mapping):
         raise PromptError("A form takes a template, which is a text, and its fields by name: {name: field}.")
-    settings = request_options(model, options, seed=seed)
+    settings = canvas_options(model, options, seed)
     pieces = PLACE.split(template)  # text, name, text, …, text
     names = pieces[1::2]
     _check(names, fields)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PromptError
 from ..events import Event, Result
-from ..generation.request import make_request, request_options
+from ..generation.request import canvas_options, make_request
 from ..options import GenerationOptions
 from .gaps import Gap, Segment, Span, before_stop, most_tokens, text_tokens
 from .search import Attempt, GapFiller
@@ -102,7 +102,7 @@ def infill(
     step. `max_tokens` bounds the holes together: those that it leaves no room for stay empty (`finish_reason`
     "length"). on_event: is told how it goes, see `GapFiller`. Raises PromptError and BusyError.
     """
-    settings = request_options(model, options, seed=seed)
+    settings = canvas_options(model, options, seed)
     parts = _checked(parts)
     _check_budget(alternatives, milliseconds)
     segments = [_segment(processor, part, exact) for part in parts]

@@ -113,3 +113,13 @@ def request_options(
     if settings.canvas_length > longest:
         raise PromptError(f"canvas_length is {settings.canvas_length}, but this model's canvas has {longest} tokens.")
     return settings
+
+
+def canvas_options(model: DiffusionGemma, options: GenerationOptions | None, seed: int | None = None) -> Settings:
+    """The options of a request that can only be denoised. Raises PromptError where they name another decoder."""
+    settings = request_options(model, options, seed=seed)
+    if settings.decoder != "diffusion":
+        raise PromptError(
+            f"Text is filled in on a canvas, which the {settings.decoder} decoder does not do; leave decoder out."
+        )
+    return settings
