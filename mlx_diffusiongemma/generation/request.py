@@ -75,7 +75,7 @@ def make_request(
     if not prepared.tokens:
         raise PromptError("The prompt is empty; give at least one token.")
     limit = text.max_position_embeddings
-    least = 1 if settings.decoder == "autoregressive" else settings.canvas_length
+    least = settings.canvas_length if settings.decoder == "diffusion" else 1
     if len(prepared.tokens) + least > limit:
         beside = "a token after it" if least == 1 else f"a canvas of {least}"
         raise PromptError(

@@ -17,7 +17,6 @@ NAMES: dict[str, Decoder] = {"diffusion": "diffusion", "ar": "autoregressive", "
 FLAGS = {
     "max_steps": "--steps",
     "entropy_bound": "--entropy-bound",
-    "stability": "--mode",
     "confidence": "--confidence",
     "canvas_length": "--canvas-length",
     "temperature": "--temp",
@@ -114,7 +113,7 @@ def make_options(
 def check_foreign(options: GenerationOptions) -> None:
     """Raises PromptError where an option is set that means nothing to the decoder."""
     for field in options.foreign():
-        name = FLAGS[field]
+        name = FLAGS.get(field, field)
         if options.decoder == "diffusion":
             raise PromptError(OF_OTHER_SAMPLERS.format(name=name, bound="--entropy-bound", decoder="--decoder ar"))
         short = next(short for short, own in NAMES.items() if own == options.decoder)
