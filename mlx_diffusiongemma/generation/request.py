@@ -15,6 +15,7 @@ from .canvas import Canvas
 if TYPE_CHECKING:
     from ..model.cache import Cache
     from ..model.diffusion_gemma import DiffusionGemma
+    from ..processing.grammars import Grammar
     from ..processing.processor import Processor, Prompt
 
     PromptLike = str | Sequence[dict[str, Any]] | Sequence[int] | Prompt
@@ -25,13 +26,15 @@ class Request:
     """All that a reply, a filling or a decision is asked for with, checked and complete.
 
     canvas: what to start from instead of noise. cache: a prefix that is kept from one request to the next; None is one
-    of the request's own. cancel: once set, from any thread, the request ends within one step.
+    of the request's own. grammar: what the reply has to be like. cancel: once set, from any thread, the request ends
+    within one step.
     """
 
     prompt: Prompt
     options: Settings
     canvas: Canvas = field(default_factory=lambda: Canvas([]))
     cache: Cache | None = None
+    grammar: Grammar | None = None
     cancel: threading.Event | None = None
 
     @property
@@ -48,6 +51,9 @@ def make_request(
     tools: Sequence[Any] = (),
     thinking: bool = False,
     canvas: Canvas | None = None,
+    schema: Any = None,
+    grammar: str | None = None,
+    tool_choice: str | None = None,
     options: GenerationOptions | None = None,
     cache: Cache | None = None,
     max_tokens: int | None = None,
@@ -61,7 +67,10 @@ def make_request(
     """
     text = model.config.text
     prepared = processor.prompt(prompt, images=images, tools=tools, thinking=thinking)
-    settings = request_options(model, options, max_tokens, seed)
+    in_grammar = any(given is not None for given in (schema, grammar, tool_choice))
+    settings = request_options(model, options, max_tokens, seed, in_grammar=in_grammar)
+    if canvas is not None and in_grammar:
+        raise CanvasError("A canvas to start from cannot follow a grammar; leave out one of the two.")
     if canvas is not None and settings.decoder != "diffusion":
         raise CanvasError(
             f"A canvas to start from is for the diffusion decoder, not the {settings.decoder} one; leave it out."
@@ -75,7 +84,7 @@ def make_request(
     if not prepared.tokens:
         raise PromptError("The prompt is empty; give at least one token.")
     limit = text.max_position_embeddings
-    least = 1 if settings.decoder == "autoregressive" else settings.canvas_length
+    least = 1 if in_grammar or settings.decoder == "autoregressive" else settings.canvas_length
     if len(prepared.tokens) + least > limit:
         beside = "a token after it" if least == 1 else f"a canvas of {least}"
         raise PromptError(
@@ -88,7 +97,11 @@ def make_request(
                 raise PromptError(
                     "This cache holds a batch, or prompts of another model; give one of model.make_cache()."
                 )
-    return Request(prepared, settings, canvas, cache, cancel)
+    made = None
+    if in_grammar:
+        asked = {"schema": schema, "grammar": grammar, "tool_choice": tool_choice}
+        made = processor.grammar(prepared, settings.end_tokens, **asked)
+    return Request(prepared, settings, canvas, cache, made, cancel)
 
 
 def request_options(
@@ -96,9 +109,14 @@ def request_options(
     options: GenerationOptions | None,
     max_tokens: int | None = None,
     seed: int | None = None,
+    *,
+    in_grammar: bool = False,
 ) -> Settings:
-    """The options that a request runs with: its own, then the checkpoint's, and a seed. Raises PromptError."""
-    if options is not None:
+    """The options that a request runs with: its own, then the checkpoint's, and a seed. Raises PromptError.
+
+    in_grammar: under one, the diffusion decoder drafts what the causal pass verifies, so the options of both apply.
+    """
+    if options is not None and not (in_grammar and options.decoder == "diffusion"):
         options.check_decoder(model.options)
     filled = (options or GenerationOptions()).filled_from(model.options)
     if max_tokens is not None:
