@@ -23,7 +23,7 @@ KEPT = 16  # compiled grammars: those that were asked for last
 class Grammar:
     """What a reply has to be like, compiled for one tokenizer. Any number of replies can follow it at once.
 
-    answers_json: what the reply says is JSON, thoughts aside.
+    after: the token that ends a thought. answers_json: what comes after the last of those is JSON.
     """
 
     def __init__(self, tokenizer: LLTokenizer, compiled: LLMatcher, after: int | None, answers_json: bool) -> None:
@@ -42,7 +42,7 @@ class Grammar:
         """The value that a whole reply gives: of JSON; None for anything else."""
         if not self._answers_json:
             return None
-        start = len(tokens) - list(reversed(tokens)).index(self._after) if self._after in tokens else 0
+        start = max((place + 1 for place, token in enumerate(tokens) if token == self._after), default=0)
         return json.loads(self._tokenizer.decode_bytes(list(tokens[start:])))
 
 
@@ -78,6 +78,7 @@ class Grammars:
         if not end_tokens:
             raise PromptError("A reply under a grammar ends with an end token; give end_tokens at least one.")
         _require_llguidance()
+        answer: dict[str, Any]
         if schema is not None:
             what, answer = "schema", {"json_schema": prepared_schema(schema)}
         elif grammar is not None:
@@ -111,7 +112,8 @@ class Grammars:
         reasons = [matcher.get_error()] if matcher.is_error() else matcher.get_grammar_warnings()
         if reasons:
             reason = " ".join(reasons[0].split("\n<state>")[0].split())[:300].rstrip(".")
-            raise PromptError(f"The {what} cannot be honoured ({reason}); leave that out, or change it.")
+            named = "`pattern` of the schema" if what == "schema" and "regex" in reason else what
+            raise PromptError(f"The {named} cannot be honoured ({reason}); leave that out, or change it.")
         return Grammar(tokenizer, matcher, self._special.get("<channel|>"), what == "schema")
 
     def _tokenizer_for(self, end_tokens: tuple[int, ...]) -> LLTokenizer:

@@ -90,6 +90,24 @@ def _check(node: dict[str, Any], path: str) -> None:
             raise PromptError(f"`{path}.{name}` must be a number, not {value!r}.")
         if name in COUNTS and not (is_number and value >= 0 and value == int(value)):
             raise PromptError(f"`{path}.{name}` must be a whole number of at least 0, not {value!r}.")
+    if node.get("type") != "integer":
+        _check_exclusive(node, path)
+
+
+def _check_exclusive(node: dict[str, Any], path: str) -> None:
+    """Raises PromptError for a whole number that is left out although all others within 1 of it may be: llguidance 1.9
+    lets it in.
+    """
+    for exclusive, others in (
+        ("exclusiveMinimum", ("maximum", "exclusiveMaximum")),
+        ("exclusiveMaximum", ("minimum", "exclusiveMinimum")),
+    ):
+        limit = node.get(exclusive, 0.5)
+        if limit == int(limit) and any(abs(node[name] - limit) < 1 for name in others if name in node):
+            raise PromptError(
+                f"The keyword `{exclusive}` of `{path}` cannot be honoured with another limit less than 1 away from it; "
+                f"give a {exclusive.removeprefix('exclusive').lower()} instead."
+            )
 
 
 def _close(node: dict[str, Any]) -> None:

@@ -172,7 +172,7 @@ class _Row:
                     break
                 corrections -= 1
                 token = correct(place, mask)
-                fixed.append(place)
+                fixed += [place] * (token not in ends)
             choices.append(_Choice(place - 1, mask, token))
             if token in ends:
                 break
