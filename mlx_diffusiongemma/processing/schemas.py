@@ -105,7 +105,7 @@ def _check_exclusive(node: dict[str, Any], path: str) -> None:
         limit = node.get(exclusive, 0.5)
         if limit == int(limit) and any(abs(node[name] - limit) < 1 for name in others if name in node):
             raise PromptError(
-                f"The keyword `{exclusive}` of `{path}` cannot be honoured with another limit less than 1 away from it; "
+                f"The keyword `{exclusive}` of `{path}` cannot be honoured with another limit less than 1 away; "
                 f"give a {exclusive.removeprefix('exclusive').lower()} instead."
             )
 

@@ -36,7 +36,10 @@ DEMO = ROOT / "mlx_diffusiongemma" / "demo"
 QUESTIONS = ROOT / "tests" / "data" / "tiny" / "prompts.jsonl"
 PERSON = {
     "type": "object",
-    "properties": {"name": {"type": "string", "pattern": "^[a-z]{1,12}$"}, "age": {"type": "integer", "maximum": 120}},
+    "properties": {
+        "name": {"type": "string", "pattern": "^[a-z]{1,12}$"},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+    },
     "required": ["name", "age"],
 }
 MAX_TOKENS = 1500
@@ -87,9 +90,11 @@ def measure_validity(model: DiffusionGemma, processor: Processor, count: int) ->
 
 
 def is_valid(result: Result, schema: dict[str, Any]) -> bool:
-    value = json.loads(result.text)
-    jsonschema.Draft202012Validator(schema).validate(value)
-    return bool(value == result.data)
+    try:
+        value = json.loads(result.text)
+    except json.JSONDecodeError:
+        return False
+    return jsonschema.Draft202012Validator(schema).is_valid(value) and bool(value == result.data)
 
 
 def choices(processor: Processor, model: DiffusionGemma, schema: dict[str, Any], result: Result) -> int:
