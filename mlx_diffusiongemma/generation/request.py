@@ -114,11 +114,16 @@ def request_options(
 ) -> Settings:
     """The options that a request runs with: its own, then the checkpoint's, and a seed. Raises PromptError.
 
-    in_grammar: under one, the diffusion decoder drafts what the causal pass verifies, so the options of both apply.
+    in_grammar: under one, the diffusion decoder's canvases are drafts, so the causal decoders' options apply as well.
     """
-    if options is not None and not (in_grammar and options.decoder == "diffusion"):
-        options.check_decoder(model.options)
-    filled = (options or GenerationOptions()).filled_from(model.options)
+    options = options or GenerationOptions()
+    if in_grammar and options.decoder == "diffusion":
+        for name in replace(options, decoder="speculative").foreign(model.options):
+            if name in ("stability", "confidence", "active_rows"):
+                raise PromptError(f"{name} means nothing under a grammar, where canvases are drafts; leave it out.")
+    else:
+        _check_foreign(options, model.options)
+    filled = options.filled_from(model.options)
     if max_tokens is not None:
         filled = replace(filled, max_tokens=max_tokens)
     seed = filled.seed if seed is None else seed
@@ -127,3 +132,12 @@ def request_options(
     if settings.canvas_length > longest:
         raise PromptError(f"canvas_length is {settings.canvas_length}, but this model's canvas has {longest} tokens.")
     return settings
+
+
+def _check_foreign(options: GenerationOptions, checkpoint: GenerationOptions) -> None:
+    """Raises PromptError where an option is set that means nothing to the decoder."""
+    for name in options.foreign(checkpoint):
+        others = "causal decoders" if options.decoder == "diffusion" else "diffusion decoder"
+        raise PromptError(
+            f"{name} is an option of the {others} and means nothing to the {options.decoder} one; leave it out."
+        )
