@@ -21,7 +21,7 @@ KEPT = 16  # compiled grammars: those that were asked for last
 
 
 class Grammar:
-    """What a reply has to be like, compiled for one tokenizer. Any number of replies can follow it at once.
+    """A description of what a reply has to be like, compiled for one tokenizer, which many can follow at once.
 
     after: the token that ends a thought. answers_json: what comes after the last of those is JSON.
     """
@@ -30,7 +30,7 @@ class Grammar:
         self._tokenizer, self._compiled, self._after, self._answers_json = tokenizer, compiled, after, answers_json
 
     def matcher(self) -> LLMatcher:
-        """What follows one reply, from its first token on."""
+        """Begin to follow one reply, from its first token on."""
         return self._compiled.deep_copy()
 
     def is_complete(self, tokens: Sequence[int]) -> bool:

@@ -71,7 +71,7 @@ Grammar = Annotated[
 
 
 def asked_form(schema: Path | None, grammar: str | None) -> dict[str, Any]:
-    """What an answer has to be like, as `stream` takes it. Raises PromptError where a file cannot be read."""
+    """Read what an answer has to be like, as `stream` takes it. Raises PromptError where a file cannot be read."""
     if schema is not None:
         try:
             return {"schema": json.loads(_text_of(schema)), "grammar": grammar}
