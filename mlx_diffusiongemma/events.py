@@ -53,6 +53,7 @@ class Draft:
     `accepted` marks the positions whose sample goes into the next step's canvas; `entropy` is in nats per position,
     after the step's temperature. `step` counts from 1. `parts` are what the reply would gain, told apart as in
     `Commit`, and `text` is the visible part of it. `pieces` says what each token adds to them, of whatever kind.
+    `holes` are the first of `tokens` in each hole of a text and the one after its last, as it looks at this step.
     """
 
     canvas: int
@@ -64,6 +65,7 @@ class Draft:
     text: str
     parts: list[Part] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
+    holes: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def mean_entropy(self) -> float:

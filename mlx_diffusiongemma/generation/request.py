@@ -141,3 +141,13 @@ def _check_foreign(options: GenerationOptions, checkpoint: GenerationOptions) ->
         raise PromptError(
             f"{name} is an option of the {others} and means nothing to the {options.decoder} one; leave it out."
         )
+
+
+def canvas_options(model: DiffusionGemma, options: GenerationOptions | None, seed: int | None = None) -> Settings:
+    """The options of a request that can only be denoised. Raises PromptError where they name another decoder."""
+    settings = request_options(model, options, seed=seed)
+    if settings.decoder != "diffusion":
+        raise PromptError(
+            f"Text is filled in on a canvas, which the {settings.decoder} decoder does not do; leave decoder out."
+        )
+    return settings

@@ -24,9 +24,14 @@ from mlx_diffusiongemma import (
     CanvasError,
     ChatSession,
     GenerationOptions,
+    Hole,
     PromptError,
+    Text,
+    edit,
+    fill,
     generate,
     generate_batch,
+    infill,
     load,
     stream,
 )
@@ -347,6 +352,16 @@ def test_values_that_make_no_sense_are_refused(wrong):
 def test_a_starting_canvas_is_for_the_diffusion_decoder(model):
     with pytest.raises(CanvasError, match="for the diffusion decoder"):
         stream(model, Processor(), "hi", canvas=Canvas([5]), options=LEFT_TO_RIGHT)
+
+
+def test_holes_are_filled_on_a_canvas_only(model):
+    for fill_in in (
+        lambda: infill(model, Processor(), ["a", Hole(4), "b"], options=LEFT_TO_RIGHT),
+        lambda: edit(model, Processor(), "abc", span=(0, 2), instruction="shorter", options=LEFT_TO_RIGHT),
+        lambda: fill(model, Processor(), "who?", {"name": Text(4)}, options=LEFT_TO_RIGHT),
+    ):
+        with pytest.raises(PromptError, match="filled in on a canvas"):
+            fill_in()
 
 
 def test_the_checkpoints_own_options_are_no_options_of_another_decoder(model):

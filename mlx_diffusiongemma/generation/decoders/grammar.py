@@ -41,6 +41,10 @@ class Guide:
         """Go on by all tokens that leave no choice; which they are."""
         found: list[int] = []
         while not self.ended and (tokens := self._matcher.compute_ff_tokens()):
+            # A tokenizer may write forced text with a marker, which is no text to the grammar: then it is chosen.
+            tokens = tokens[: self._matcher.validate_tokens(tokens)]
+            if not tokens:
+                break
             self.take(tokens)
             found += tokens
         return found
