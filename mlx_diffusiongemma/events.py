@@ -144,12 +144,14 @@ class Done:
     """The last event of a request.
 
     note: a sentence for the user where the reply says nothing, and why. seed: the one that gives this reply again.
+    data: the value that the reply gives, where a JSON Schema was asked for and the reply is whole.
     """
 
     finish_reason: FinishReason
     stats: Stats
     note: str = ""
     seed: int | None = None
+    data: Any = None
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ Event = Prefill | Draft | Filled | Commit | Done
 class Result:
     """A whole reply. `print(result)` prints its text.
 
-    note, seed: see `Done`. index: in a batch, the place of its prompt.
+    note, seed, data: see `Done`. index: in a batch, the place of its prompt.
     """
 
     text: str
@@ -179,6 +181,7 @@ class Result:
     note: str = ""
     seed: int | None = None
     index: int = 0
+    data: Any = None
 
     def __str__(self) -> str:
         return self.text
