@@ -50,18 +50,21 @@ def bar(share: float) -> str:
     return "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
 
 
-def _predictions(plan: Plan) -> Table:
-    table = Table(title="Predicted, not measured: tokens/s with these weights", title_justify="left")
-    for name in ("chip", "ms a step", "diffusion", "ms a token", "left to right"):
+def _predictions(plan: Plan) -> Group:
+    """Narrow enough for a terminal of 40 columns."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("chip", "step", "tok/s", "token", "tok/s", "ratio"):
         table.add_column(name, justify="left" if name == "chip" else "right")
-    table.add_column("faster")
     for own in plan.predictions:
         rates = own.diffusion_tokens_per_second, own.autoregressive_tokens_per_second
         times = (f"{seconds * 1e3:.{0 if seconds > 0.1 else 1}f}" for seconds in (own.step_seconds, own.token_seconds))
         step, token = times
-        faster = f"{own.faster}, {max(rates) / min(rates):.1f}×"
-        table.add_row(own.chip, step, f"{rates[0]:.0f}", token, f"{rates[1]:.0f}", faster)
-    return table
+        table.add_row(own.chip, step, f"{rates[0]:.0f}", token, f"{rates[1]:.0f}", f"{rates[1] / rates[0]:.1f}×")
+    head = Text("Predicted, not measured, with these weights: ")
+    head.append(
+        "ms a step and tokens/s of diffusion, ms a token and tokens/s left to right, and the second by the first."
+    )
+    return Group(head, table)
 
 
 def _rows(report: Report) -> Table:

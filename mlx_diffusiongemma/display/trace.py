@@ -96,15 +96,19 @@ class TraceWriter:
 
 
 def read_trace(path: str | Path) -> list[Traced]:
-    """Read what `TraceWriter` wrote, or the output of `--json`. Raises PromptError where the file is neither."""
+    """Read what `TraceWriter` wrote, or the output of `--json`. A last line that was cut off is left out.
+
+    Raises PromptError where the file is neither.
+    """
     try:
-        lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise PromptError(f"{path} cannot be read ({error.strerror}); give the file of a trace.") from None
     except UnicodeDecodeError:
         raise PromptError(f"{path} is not a text file; give a file that `--trace` wrote.") from None
     trace: list[Traced] = []
-    for number, line in enumerate(lines, start=1):
+    *whole, rest = text.split("\n")
+    for number, line in enumerate(whole or [rest], start=1):
         try:
             content = json.loads(line)
             seconds = float(content.get("time", USUAL_PAUSE * len(trace)))

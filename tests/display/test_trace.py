@@ -133,3 +133,15 @@ def test_a_replay_is_not_slowed_by_drawing(tmp_path, capsys):
 def test_a_trace_can_go_nowhere():
     with TraceWriter("/dev/null") as writer:
         writer.write(Prefill(1, 1))
+
+
+def test_a_trace_whose_last_line_was_cut_off_plays_up_to_it(tmp_path):
+    with TraceWriter(tmp_path / "trace") as writer:
+        for event in EVENTS[:3]:
+            writer.write(event)
+    text = (tmp_path / "trace").read_text()
+    (tmp_path / "cut").write_text(text[:-5])
+    assert len(read_trace(tmp_path / "cut")) == 2
+    (tmp_path / "cut").write_text(text.replace('"', "", 1))
+    with pytest.raises(PromptError, match="line 1 holds no event"):
+        read_trace(tmp_path / "cut")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,8 +57,10 @@ HELP = """\
                  that is something else
 /load PATH       go on with the conversation in a file
 /bye             leave, as /quit, /exit and Ctrl-D do
-Tab completes commands and paths; Esc Enter begins a new line; Ctrl-C stops
-a reply, and its turn is forgotten; // begins a message with a slash."""
+Ctrl-C stops a reply, and its turn is forgotten; // begins a message with a
+slash."""
+WITH_EDITOR = "\nTab completes commands and paths; Esc Enter begins a new line."
+WITHOUT_EDITOR = "\npip install prompt_toolkit adds completion, and messages of several lines."
 LEAVE = ("/bye", "/quit", "/exit")
 TAKE_PATHS = ("image", "video", "save", "load")
 
@@ -142,7 +145,7 @@ class _Chat:
         self.videos: list[tuple[str, Any]] = []
         self.failed = False
         self.commands: dict[str, Callable[[str], None]] = {
-            "help": lambda _: say(HELP),
+            "help": lambda _: say(HELP + (WITH_EDITOR if find_spec("prompt_toolkit") else WITHOUT_EDITOR)),
             "image": self._image,
             "video": self._video,
             "system": self._system,
