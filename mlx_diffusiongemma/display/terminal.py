@@ -57,9 +57,9 @@ def statistics_line(stats: Stats, columns: int | None = None) -> str:
         prompt + _rate(stats.prompt_tokens_per_second),
         _count(stats.generated_tokens, "token") + _rate(stats.tokens_per_second),
     ]
-    if stats.steps:
+    if stats.steps or not stats.passes:
         parts.append(f"{_count(len(stats.steps), 'canvas', 'canvases')}, {stats.steps_per_canvas:.1f} steps each")
-        if stats.passes >= len(stats.steps):  # each was verified
+        if stats.steps and stats.passes >= len(stats.steps):  # each was verified
             parts.append(f"{stats.tokens_per_pass:.1f} tokens a causal pass")
     if stats.retries:
         parts.append(_count(stats.retries, "retry", "retries"))

@@ -165,7 +165,7 @@ def test_what_goes_wrong_is_one_sentence(demo_float32, tmp_path, arguments, code
         (["bench", "--context", "0"], "'--context': 0 is not a whole number of at least 1."),
         (["convert", DEMO, "--bits", "7"], "7 is none of 2, 3, 4, 5, 6, 8."),
         (["convert", DEMO, "--group-size", "48"], "48 is none of 16, 32, 64, 128."),
-        (["generate", "hi", "--mode", "slow"], "'--mode': 'slow' is none of reference, fast."),
+        (["generate", "hi", "--mode", "slow"], "'--mode': 'slow' is none of reference, fast, turbo."),
     ],
 )
 def test_a_number_that_cannot_be_is_answered_under_the_option_typed(arguments, sentence):
