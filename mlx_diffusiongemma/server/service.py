@@ -1,0 +1,128 @@
+"""From a request of any interface to a job: its prompt is made and checked before anything is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ..errors import PromptError
+from ..generation.canvas import Canvas
+from ..generation.replying import stream
+from ..generation.request import make_request, request_options
+from ..options import OF_CAUSAL_DECODERS, GenerationOptions
+from .engine import Engine
+from .refusals import Refusal
+from .waiting import Item, Job, Turn
+
+if TYPE_CHECKING:
+    from ..processing.processor import Processor, Prompt
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the interfaces serve.
+
+    name: of the model. options: of requests that do not say otherwise. context: most tokens of prompt and reply; None
+    is the model's own. strict_model: refuse requests for models of other names.
+    """
+
+    engine: Engine
+    name: str
+    options: GenerationOptions
+    context: int | None = None
+    strict_model: bool = False
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that prompt and reply may have together. Raises Refusal where no model is loaded."""
+        most = self.engine.loaded.model.config.text.max_position_embeddings
+        return most if self.context is None else min(most, self.context)
+
+    def check_model(self, name: str | None) -> None:
+        """Raises Refusal where another model is asked for, and that matters."""
+        if self.strict_model and name not in (None, "", self.name):
+            raise Refusal(
+                f"There is no model {name!r} here; ask for {self.name!r}.", 404, code="model_not_found", param="model"
+            )
+
+    def request_options(self, fields: Mapping[str, Any]) -> GenerationOptions:
+        """The options of a request whose `fields` are named as in `GenerationOptions`; None is the server's own.
+
+        Clients send a temperature and the like to every model, and the diffusion decoder has a schedule of its own: it
+        leaves out what only causal decoders know. Raises PromptError.
+        """
+        given = {name: value for name, value in fields.items() if value is not None}
+        if given.get("decoder", self.options.decoder) == "diffusion":
+            given = {name: value for name, value in given.items() if name not in OF_CAUSAL_DECODERS}
+        return replace(self.options, **given)
+
+    async def prompt(self, make: Callable[[Processor], Prompt]) -> Prompt:
+        """Make a prompt beside the event loop. Raises Refusal and PromptError."""
+        processor = self.engine.loaded.processor
+        return await self.engine.prepare(lambda: make(processor))
+
+    async def chat_prompt(
+        self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = (), thinking: bool = False
+    ) -> Prompt:
+        """Render messages of a caller, who can name no files and no addresses. Raises Refusal and PromptError."""
+        return await self.prompt(
+            lambda processor: processor.prompt(
+                messages, tools=tools, thinking=thinking, allow_files=False, allow_urls=False
+            )
+        )
+
+    def reply(
+        self,
+        prompt: Prompt,
+        options: GenerationOptions,
+        caller: str,
+        *,
+        drafts: bool = False,
+        canvas: Canvas | None = None,
+        urgent: bool = False,
+    ) -> Job:
+        """Queue a reply. canvas: what it starts from. Raises Refusal and PromptError before anything is computed."""
+        options = self.checked(prompt, options)
+        if canvas is not None:
+            canvas = Canvas(canvas.tokens[: options.max_tokens])
+
+        def work(turn: Turn) -> Generator[Item, None, None]:
+            return stream(
+                turn.model,
+                turn.processor,
+                prompt,
+                canvas=canvas,
+                options=options,
+                cache=turn.cache,
+                cancel=turn.cancel,
+            )
+
+        make_request(self.engine.loaded.model, self.engine.loaded.processor, prompt, options=options, canvas=canvas)
+        job = Job(work, prompt, caller, drafts=drafts, urgent=urgent)
+        self.engine.submit(job)
+        return job
+
+    def checked(self, prompt: Prompt, options: GenerationOptions) -> GenerationOptions:
+        """The options with a reply no longer than the context allows. Raises Refusal where the prompt leaves no room,
+        and PromptError.
+        """
+        model = self.engine.loaded.model
+        settings = request_options(model, options)
+        least = 1 if settings.decoder == "autoregressive" else settings.canvas_length
+        most, count = self.most_tokens, len(prompt.tokens)
+        if count + least > most:
+            raise Refusal(
+                f"The prompt has {count} tokens; with room for a reply, at most {most - least} fit the context of "
+                f"{most}. Send less.",
+                code="context_length_exceeded",
+                param="messages",
+                more={"n_prompt_tokens": count, "n_ctx": most},
+            )
+        return replace(options, max_tokens=min(options.max_tokens, most - count))
+
+
+def one_of(field: str, value: object, known: Sequence[str]) -> None:
+    """Raises PromptError where a field has a value that cannot be honoured."""
+    if value not in known:
+        raise PromptError(f"`{field}` is {value!r}, which this server cannot do; it knows {', '.join(known)}.")
