@@ -171,7 +171,21 @@ class Engine:
         return job
 
     def _run(self, job: Job, loaded: Loaded) -> None:
+        """Run a job to its end, whatever goes wrong in it."""
         error: BaseException | None = None
+        try:
+            self._work_on(job, loaded)
+        except BaseException as raised:
+            error = raised
+        with suppress(RuntimeError):  # of a step that nobody reads
+            mx.synchronize()  # one that was left is still under way, and holds memory
+        with self._changed:
+            self._running.remove(job)
+            if self.state == "closing" and job.cancel.is_set():
+                error = closing_down()
+        job.hand_over(Over(error))
+
+    def _work_on(self, job: Job, loaded: Loaded) -> None:
         cache = loaded.prefixes.take(job.prompt)
         try:
             with closing(job.work(Turn(loaded.model, loaded.processor, cache, job.cancel))) as items:
@@ -181,16 +195,8 @@ class Engine:
                     job.hand_over(item)
                     if isinstance(item, Commit) and not job.urgent:
                         self._run_urgent(loaded)
-        except BaseException as raised:
-            error = raised
-        with suppress(RuntimeError):  # of a step that nobody reads
-            mx.synchronize()  # one that was left is still under way, and holds memory
-        loaded.prefixes.keep(cache, job.prompt)
-        with self._changed:
-            self._running.remove(job)
-            if self.state == "closing" and job.cancel.is_set():
-                error = closing_down()
-        job.hand_over(Over(error))
+        finally:
+            loaded.prefixes.keep(cache, job.prompt)
 
     def _run_urgent(self, loaded: Loaded) -> None:
         """Run what may come between two canvases of another job."""

@@ -68,7 +68,7 @@ class Rules:
         return origin is not None and origin in self.origins
 
     def _knows_host(self, host: str) -> bool:
-        name = urlsplit(f"//{host}").hostname or ""
+        name = _name_of(host)
         if self.host in LOOPBACK:
             return name in LOOPBACK
         # A name can be pointed at this machine by anyone; an address cannot.
@@ -172,6 +172,14 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return await receive() if first is None else first
 
     return again
+
+
+def _name_of(host: str) -> str:
+    """The name or address in a Host header, without its port; "" where it is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def _is_address(name: str) -> bool:

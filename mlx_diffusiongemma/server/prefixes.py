@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..generation.prefix import common_length
+from ..model.cache import SNAPSHOT_BYTES
 
 if TYPE_CHECKING:
     from ..model.cache import Cache
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from ..processing.processor import Prompt
 
 MOST = 32  # prefixes, so that looking for the best one stays quick where each is small
+PLACES = 2  # to go back to: a prompt's end, and where it parts from others
 LITTLE = 64  # tokens of a kept prompt that may be lost to the next one rather than copying the prefix
 
 
@@ -50,13 +52,15 @@ class PrefixPool:
     def take(self, prompt: Prompt) -> Cache:
         """A cache for a request with this prompt; give it back with `keep`."""
         labels = self.model.labels(prompt.tokens, prompt.images)
-        best, reach, shared = None, 0, 0
+        best, reach, shared = None, 0, LITTLE
         for kept in reversed(self._kept):
             common = common_length(labels, kept.cache.labels)
-            if common > reach and (reached := kept.cache.fork().rewind(common)) > reach:
+            reached = kept.cache.fork().rewind(common)
+            # Even one that cannot go back tells where prompts part: there, `encode_prompt` makes a place to go back to.
+            if (reached, common) > (reach, shared):
                 best, reach, shared = kept, reached, common
         if best is None:
-            return self.model.make_cache()
+            return self.model.make_cache(snapshot_bytes=PLACES * SNAPSHOT_BYTES)
         self._kept.remove(best)
         if best.prompt_tokens - shared <= LITTLE:
             return best.cache

@@ -55,8 +55,8 @@ class ResponseWriter:
         if not self._open or self.output[-1]["type"] != _ITEMS[kind]:
             yield from self._begin(kind)
         self.output[-1]["content"][0]["text"] += text
-        logprobs = {"logprobs": []} if kind == "text" else {}
-        yield self._event(f"response.{_PARTS[kind]}.delta", **self._place, content_index=0, delta=text, **logprobs)
+        more = _more(kind)
+        yield self._event(f"response.{_PARTS[kind]}.delta", **self._place, content_index=0, delta=text, **more)
 
     def end(self, done: Done) -> Iterator[Event]:
         """End the reply."""
@@ -105,8 +105,8 @@ class ResponseWriter:
     def _begin(self, kind: str) -> Iterator[Event]:
         yield from self._finish()
         item: dict[str, Any] = {"id": f"item_{secrets.token_hex(8)}", "type": _ITEMS[kind], "status": "in_progress"}
-        item |= {"role": "assistant"} if kind == "text" else {"summary": []}
-        self.output.append({**item, "content": []})
+        own: dict[str, Any] = {"role": "assistant"} if kind == "text" else {"summary": []}
+        self.output.append({**item, **own, "content": []})
         yield self._item_event("added")
         self.output[-1]["content"].append(_part(kind))
         self._open = True
@@ -120,10 +120,8 @@ class ResponseWriter:
         item = self.output[-1]
         kind = "text" if item["type"] == "message" else "thinking"
         part = dict(item["content"][0])
-        logprobs = {"logprobs": []} if kind == "text" else {}
-        yield self._event(
-            f"response.{_PARTS[kind]}.done", **self._place, content_index=0, text=part["text"], **logprobs
-        )
+        text, more = part["text"], _more(kind)
+        yield self._event(f"response.{_PARTS[kind]}.done", **self._place, content_index=0, text=text, **more)
         yield self._event("response.content_part.done", **self._place, content_index=0, part=part)
         item["status"] = "completed"
         yield self._item_event("done")
@@ -145,8 +143,13 @@ _PARTS = {"text": "output_text", "thinking": "reasoning_text"}
 
 
 def _part(kind: str) -> dict[str, Any]:
-    empty: dict[str, Any] = {"type": _PARTS[kind], "text": ""}
-    return {**empty, "annotations": [], "logprobs": []} if kind == "text" else empty
+    annotations: dict[str, Any] = {"annotations": []} if kind == "text" else {}
+    return {"type": _PARTS[kind], "text": "", **annotations, **_more(kind)}
+
+
+def _more(kind: str) -> dict[str, Any]:
+    """What text has beside itself, and thoughts have not: log probabilities, of which there are none."""
+    return {"logprobs": []} if kind == "text" else {}
 
 
 def _copy(item: dict[str, Any]) -> dict[str, Any]:
