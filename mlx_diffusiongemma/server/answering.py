@@ -1,4 +1,4 @@
-"""How answers go out: whole or as server-sent events, for as long as somebody waits for them."""
+"""Answers on their way out: whole or as server-sent events, for as long as somebody waits for them."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from .. import __version__
 from ..errors import DiffusionGemmaError
 from .answering import refused
 from .guard import Guard, Rules
-from .interfaces import anthropic, completions, editors, openai_chat, openai_responses, page, status
+from .interfaces import anthropic, completions, editors, edits, openai_chat, openai_responses, page, status
 from .refusals import Refusal
 from .service import Service
 
@@ -31,7 +31,7 @@ def make_app(service: Service, rules: Rules) -> ASGIApp:
         service.engine.join()
 
     app = FastAPI(title="mlx-diffusiongemma", version=__version__, lifespan=lifespan, redirect_slashes=False)
-    for interface in (status, openai_chat, completions, openai_responses, anthropic, editors, page):
+    for interface in (status, openai_chat, completions, openai_responses, anthropic, editors, edits, page):
         app.include_router(interface.routes(service))
 
     @app.exception_handler(DiffusionGemmaError)

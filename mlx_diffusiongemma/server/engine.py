@@ -80,7 +80,7 @@ class Engine:
 
     @property
     def gauges(self) -> dict[str, int]:
-        """What there is now, for `Metrics.text`."""
+        """The figures of this moment, for `Metrics.text`."""
         prefixes = self._loaded.prefixes if self._loaded else ()
         return {
             "queue": len(self._queue),
@@ -112,7 +112,7 @@ class Engine:
             self._changed.notify()
 
     async def items(self, job: Job) -> AsyncGenerator[Item, None]:
-        """What a submitted job yields. Closing this stops it within one step, or takes it out of the queue."""
+        """Give what a submitted job yields. Closing this stops it within one step, or takes it out of the queue."""
         try:
             while not isinstance(item := await job.items.get(), Over):
                 yield item

@@ -17,7 +17,7 @@ Piece = tuple[Literal["text", "thinking"], str] | ToolCall
 
 
 class SamplingFields(BaseModel):
-    """How a reply is found: `GenerationOptions` by their own names, of which other servers' clients send some."""
+    """The sampling of a reply: `GenerationOptions` by their own names, of which other servers' clients send some."""
 
     seed: int | None = None
     decoder: str | None = None
@@ -70,7 +70,7 @@ def is_thinking(effort: str | None) -> bool:
 
 
 def pieces_of(commit: Commit) -> Iterator[Piece]:
-    """What a commit adds to a reply, in order. A call that cannot be read is text, as it was written."""
+    """Give what a commit adds to a reply, in order. A call that cannot be read is text, as it was written."""
     calls = iter(commit.tool_calls)
     for kind, text in commit.parts:
         if kind != "tool_call":
@@ -89,7 +89,7 @@ def caller_of(request: Request) -> str:
 
 
 def timings(stats: Stats) -> dict[str, Any]:
-    """How fast it went, in llama.cpp's words: clients cannot tell from canvases that arrive as a whole."""
+    """Tell how fast it went, in llama.cpp's words: clients cannot tell from canvases that arrive as a whole."""
     read = stats.prompt_tokens - stats.cached_tokens
     return {
         "cache_n": stats.cached_tokens,

@@ -1,4 +1,4 @@
-"""What every request passes before an interface sees it: who asks, from where, and how much."""
+"""The checks that every request passes before an interface sees it: who asks, from where, and how much."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the server has done, in Prometheus' text format."""
+"""Figures of the server's work, in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Metrics:
 
     @property
     def seconds_per_step(self) -> float:
-        """How long a denoising step took so far; 0 before the first."""
+        """The mean time of a denoising step so far; 0 before the first."""
         with self._lock:
             return self._totals["denoise_seconds"] / max(self._totals["steps"], 1)
 

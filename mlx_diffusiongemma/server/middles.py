@@ -32,7 +32,7 @@ _MARKED = tuple(
 
 @dataclass(frozen=True)
 class Middle:
-    """What is missing between `prefix` and `suffix`. stops: strings that end it and are no part of it."""
+    """A gap between `prefix` and `suffix`. stops: strings that end what fills it, and are no part of it."""
 
     prefix: str
     suffix: str
@@ -95,6 +95,6 @@ async def fill_middle(
 
 
 def filled_text(result: Result, stops: tuple[str, ...]) -> str:
-    """What fills the middle, up to the first stop string."""
+    """Give what fills the middle, up to the first stop string."""
     text = result.holes[0] if isinstance(result, Infilled) and result.holes else ""
     return text[: min([at for stop in stops if (at := text.find(stop)) >= 0], default=len(text))]

@@ -46,7 +46,7 @@ class PrefixPool:
 
     @property
     def nbytes(self) -> int:
-        """What the prefixes hold, in bytes; memory that two of them share counts twice."""
+        """Count the bytes that the prefixes hold; memory that two of them share counts twice."""
         return sum(kept.nbytes for kept in list(self._kept))
 
     def take(self, prompt: Prompt) -> Cache:

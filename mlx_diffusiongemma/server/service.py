@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Service:
-    """What the interfaces serve.
+    """The model that the interfaces serve, and on which terms.
 
     name: of the model. options: of requests that do not say otherwise. context: most tokens of prompt and reply; None
     is the model's own. strict_model: refuse requests for models of other names.

@@ -22,7 +22,7 @@ Item = Event | Result
 
 
 class Turn(NamedTuple):
-    """What a job works with, on the engine's thread."""
+    """The things that a job works with, on the engine's thread."""
 
     model: DiffusionGemma
     processor: Processor

@@ -3,7 +3,8 @@
 import pytest
 from servers import data_of, user
 
-from mlx_diffusiongemma import Hole, infill
+from mlx_diffusiongemma import GenerationOptions, Hole, edit, infill
+from mlx_diffusiongemma.server.interfaces.edits import read_region
 from mlx_diffusiongemma.server.middles import find_middle
 
 PARTS = ("abc", "hij")
@@ -120,8 +121,35 @@ def test_xcodes_chat_streams_whatever_it_accepts(server):
         ("/v1/completions", {"prompt": [10**9]}),
         ("/infill", {"input_prefix": "a", "decoder": "autoregressive"}),
         ("/infill", {"input_extra": 3}),
+        ("/v1/edit/completions", {"messages": []}),
+        ("/v1/edit/completions", {"messages": [{"role": "user", "content": "no region"}]}),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(server, path, body):
     reply = server.post(path, **body)
     assert reply.status_code == 400 and reply.json()["error"]["message"].endswith(".")
+
+
+MERCURY = (
+    "<|recently_viewed_code_snippets|>\na\n<|/recently_viewed_code_snippets|>\n"
+    "<|current_file_content|>\ncurrent_file_path: a.txt\nbefore\n"
+    "<|code_to_edit|>\ncb<|cursor|>x\n<|/code_to_edit|>\nafter\n<|/current_file_content|>\n"
+    "<|edit_diff_history|>\n-x\n+a\n<|/edit_diff_history|>"
+)
+
+
+def test_mercurys_tags_mark_a_region():
+    region = read_region(MERCURY)
+    assert region.text == "before\ncbx\nafter" and region.code == "cbx" and region.path == "a.txt"
+    assert "-x\n+a" in region.instruction and "Seen before:\na\n" in region.instruction
+
+
+def test_the_next_edit_changes_the_region_alone(server):
+    reply = server.post("/v1/edit/completions", messages=user(MERCURY), seed=0, max_steps=4).json()
+    content = reply["choices"][0]["message"]["content"]
+    region = read_region(MERCURY)
+    options = GenerationOptions(seed=0, max_steps=4)
+    own = edit(*server.engine.loaded[:2], region.text, region.span, region.instruction, options=options)
+    code = own.text.removeprefix("before\n").removesuffix("\nafter")
+    assert reply["object"] == "edit.completion"
+    assert content == ("None" if code == "cbx" else f"```\n{code}\n```")

@@ -42,7 +42,7 @@ class CompletionBody(SamplingFields):
 
 
 class Head(BaseModel):
-    """What a completion and all of its chunks begin with."""
+    """The fields that a completion and all of its chunks begin with."""
 
     id: str
     object: str

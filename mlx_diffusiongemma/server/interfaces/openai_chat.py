@@ -89,7 +89,7 @@ class _Asked:
         return self.chunk([{"index": 0, "delta": content, "logprobs": None, "finish_reason": finish}], **more)
 
     def predictions(self, tokens: list[int]) -> tuple[int, int] | None:
-        """How many tokens of the prediction are in the reply, in order, and how many are not."""
+        """Count the tokens of the prediction that are in the reply, in order, and those that are not."""
         if self.predicted is None:
             return None
         blocks = SequenceMatcher(None, self.predicted, tokens, autojunk=False).get_matching_blocks()

@@ -1,4 +1,4 @@
-"""What a request for a response holds, as the chat messages and schemas that prompts are made of."""
+"""The conversation in a request for a response, as the chat messages and schemas that prompts are made of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the server is and how it fares: the models it has, its health and its figures."""
+"""The server about itself: the models it has, its health and its figures."""
 
 from __future__ import annotations
 
