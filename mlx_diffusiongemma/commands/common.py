@@ -186,7 +186,7 @@ def load_model(name: str | None, *, yes: bool = False) -> tuple[DiffusionGemma, 
 
 
 def announced_model(name: str | None, *, yes: bool = False) -> str:
-    """What `--model` names, or is used without it, once its download is agreed to. Raises CheckpointError."""
+    """Find what `--model` names, or what is used without it, and agree on its download. Raises CheckpointError."""
     from ..checkpoints.hub import CONVERTED
 
     source = named_model(name)

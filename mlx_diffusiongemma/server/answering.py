@@ -13,9 +13,9 @@ from starlette.responses import JSONResponse, Response
 
 from ..events import Commit, Done, Result, Stats
 from ..generation.replying import collect
-from .engine import LOG, Engine
 from .refusals import Refusal, as_refusal
-from .waiting import Item, Job
+from .work.engine import LOG, Engine
+from .work.waiting import Item, Job
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send

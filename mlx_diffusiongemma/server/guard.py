@@ -15,13 +15,13 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, Response
 
-from .engine import LOG
 from .refusals import Refusal
+from .work.engine import LOG
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from .metrics import Metrics
+    from .work.metrics import Metrics
 
 MOST_BODY_BYTES = 32 * 2**20
 LOOPBACK = ("localhost", "127.0.0.1", "::1")

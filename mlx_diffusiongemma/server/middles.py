@@ -11,7 +11,7 @@ from ..errors import PromptError
 from ..events import Result, Stats
 from ..filling.infilling import Hole, Infilled, infill
 from ..generation.prefix import encode_prompt
-from .waiting import Item, Job, Turn
+from .work.waiting import Item, Job, Turn
 
 if TYPE_CHECKING:
     from ..options import GenerationOptions

@@ -11,9 +11,9 @@ from ..generation.canvas import Canvas
 from ..generation.replying import stream
 from ..generation.request import make_request, request_options
 from ..options import OF_CAUSAL_DECODERS, GenerationOptions
-from .engine import Engine
 from .refusals import Refusal
-from .waiting import Item, Job, Turn
+from .work.engine import Engine
+from .work.waiting import Item, Job, Turn
 
 if TYPE_CHECKING:
     from ..processing.processor import Processor, Prompt

@@ -15,10 +15,10 @@ import uvicorn
 
 from mlx_diffusiongemma import GenerationOptions, load
 from mlx_diffusiongemma.server.app import make_app
-from mlx_diffusiongemma.server.engine import Engine
 from mlx_diffusiongemma.server.guard import Rules
 from mlx_diffusiongemma.server.running import listen
 from mlx_diffusiongemma.server.service import Service
+from mlx_diffusiongemma.server.work.engine import Engine
 
 
 class Running:

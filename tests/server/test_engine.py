@@ -17,8 +17,8 @@ import pytest
 from servers import loader, running, user
 
 from mlx_diffusiongemma import GenerationOptions, generate, load
-from mlx_diffusiongemma.server.prefixes import MOST, PrefixPool
-from mlx_diffusiongemma.server.waiting import FairQueue
+from mlx_diffusiongemma.server.work.prefixes import MOST, PrefixPool
+from mlx_diffusiongemma.server.work.waiting import FairQueue
 
 CHAT = "/v1/chat/completions"
 FEW = GenerationOptions(seed=0, max_steps=2, max_tokens=4)

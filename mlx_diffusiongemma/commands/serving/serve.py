@@ -69,10 +69,10 @@ def serve(
     from dataclasses import replace
 
     try:
-        from ...server.engine import LOG, Engine
         from ...server.guard import LOOPBACK, Rules
         from ...server.running import serve as run
         from ...server.service import Service
+        from ...server.work.engine import LOG, Engine
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "starlette", "uvicorn"):
             raise

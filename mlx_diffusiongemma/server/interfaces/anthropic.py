@@ -18,7 +18,7 @@ from ...processing.processor import Prompt
 from ..answering import EventStream, data_frame, error_frame, items_of, whole
 from ..fields import Piece, SamplingFields, caller_of, pieces_of
 from ..service import Service, one_of
-from ..waiting import Job
+from ..work.waiting import Job
 from .anthropic_messages import chat_messages, function_schemas
 
 PING = data_frame({"type": "ping"}, "ping")  # comments are not enough for its clients

@@ -18,7 +18,7 @@ from ..answering import EventStream, data_frame, error_frame, items_of, result_o
 from ..fields import SamplingFields, caller_of, finish_of, stops_of, timings, usage
 from ..middles import Middle, fill_middle, filled_text, find_middle
 from ..service import Service
-from ..waiting import Job
+from ..work.waiting import Job
 
 
 class CompletionBody(SamplingFields):

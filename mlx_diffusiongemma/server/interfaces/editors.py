@@ -1,4 +1,4 @@
-"""llama.cpp's interface, as its editor plugins use it."""
+"""The interface of llama.cpp's server, as its editor plugins use it."""
 
 from __future__ import annotations
 

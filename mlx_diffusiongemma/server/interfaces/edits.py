@@ -18,7 +18,7 @@ from ...filling.editing import edit
 from ..answering import result_of
 from ..fields import SamplingFields, caller_of, timings, usage
 from ..service import Service
-from ..waiting import Item, Job, Turn
+from ..work.waiting import Item, Job, Turn
 
 UNCHANGED = "None"  # Mercury's word where nothing is to change
 STRENGTH = 0.7  # the share of the region's tokens that start as noise

@@ -31,7 +31,7 @@ from ..fields import (
     usage,
 )
 from ..service import Service
-from ..waiting import Job
+from ..work.waiting import Job
 
 
 class ChatBody(SamplingFields):

@@ -15,7 +15,7 @@ from ..answering import EventStream, data_frame, items_of, whole
 from ..fields import SamplingFields, caller_of, check_tool_choice, is_thinking, pieces_of
 from ..refusals import as_refusal
 from ..service import Service, one_of
-from ..waiting import Job
+from ..work.waiting import Job
 from .responses_input import chat_messages, function_schemas
 from .responses_output import ResponseWriter
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..generation.prefix import common_length
-from ..model.cache import SNAPSHOT_BYTES
+from ...generation.prefix import common_length
+from ...model.cache import SNAPSHOT_BYTES
 
 if TYPE_CHECKING:
-    from ..model.cache import Cache
-    from ..model.diffusion_gemma import DiffusionGemma
-    from ..processing.processor import Prompt
+    from ...model.cache import Cache
+    from ...model.diffusion_gemma import DiffusionGemma
+    from ...processing.processor import Prompt
 
 MOST = 32  # prefixes, so that looking for the best one stays quick where each is small
 PLACES = 2  # to go back to: a prompt's end, and where it parts from others

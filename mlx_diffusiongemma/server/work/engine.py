@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import mlx.core as mx
 
-from ..checkpoints.memory import usable_bytes
-from ..events import Commit, Done, Result
+from ...checkpoints.memory import usable_bytes
+from ...events import Commit, Done, Result
+from ..refusals import Refusal
 from .metrics import Metrics
 from .prefixes import PrefixPool
-from .refusals import Refusal
 from .waiting import FairQueue, Item, Job, Over, Turn
 
 if TYPE_CHECKING:
-    from ..model.diffusion_gemma import DiffusionGemma
-    from ..processing.processor import Processor
+    from ...model.diffusion_gemma import DiffusionGemma
+    from ...processing.processor import Processor
 
 LOG = logging.getLogger("mlx_diffusiongemma.server")
 LONGEST_WAIT = 60  # seconds that a caller is asked to wait at most

@@ -6,7 +6,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
-from ..events import Stats
+from ...events import Stats
 
 _HELP = {
     "requests": ("counter", "Requests answered, by path and status."),

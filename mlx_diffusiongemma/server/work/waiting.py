@@ -9,12 +9,12 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..events import Draft, Event, Result
+from ...events import Draft, Event, Result
 
 if TYPE_CHECKING:
-    from ..model.cache import Cache
-    from ..model.diffusion_gemma import DiffusionGemma
-    from ..processing.processor import Processor, Prompt
+    from ...model.cache import Cache
+    from ...model.diffusion_gemma import DiffusionGemma
+    from ...processing.processor import Processor, Prompt
 
 MOST_WAITING_ITEMS = 64  # of a reader that is slower than the model; beyond, drafts are left out
 
