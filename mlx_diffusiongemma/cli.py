@@ -39,7 +39,7 @@ EXAMPLES = {
     "generate": """
         mlx-dg generate "Why is the sky blue?"
         git diff | mlx-dg generate --system "Write a commit message."
-        mlx-dg generate "What is this?" --image photo.jpg --mode fast
+        mlx-dg generate "What is this?" --image photo.jpg --decoder ar
         mlx-dg generate "Tell me a story" --trace story.jsonl --heat
         mlx-dg generate -c 'Make it shorter.'""",
     "chat": """

@@ -29,6 +29,8 @@ class GenerationOptions:
     seed: of every random draw. None: another one each time.
     retries: how often a first canvas that would make the reply empty is denoised again. 0: as the model has it.
     canvas_length: tokens per canvas, at most the checkpoint's. Of the speculative decoder: of its longest draft.
+    active_rows: compute only the rows of a reply's canvas that have not settled, which is approximate: see
+        `generation.decoders.active_rows`. Infilling and editing always compute all.
     decoder: "diffusion" denoises canvas after canvas; "autoregressive" writes a token at a time, left to right, with
         the encoder; "speculative" drafts on a canvas, and keeps what the encoder would have written.
     temperature, top_p, top_k, min_p, repetition_penalty: how the latter two choose tokens, as mlx-lm's sampler
@@ -53,6 +55,7 @@ class GenerationOptions:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    active_rows: bool | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -83,6 +86,8 @@ class GenerationOptions:
             raise PromptError("t_max must be above 0; give a low temperature, such as 0.01, for the likeliest tokens.")
         if self.t_max is not None and self.t_min is not None and self.t_max < self.t_min:
             raise PromptError(f"t_max ({self.t_max}) must not be below t_min ({self.t_min}).")
+        if self.active_rows not in (None, True, False):
+            raise PromptError(f"active_rows must be True or False, not {self.active_rows!r}.")
         if not isinstance(self.stop, tuple) or any(not isinstance(text, str) or not text for text in self.stop):
             raise PromptError("stop takes strings of at least one character.")
         tokens = () if self.end_tokens is None else self.end_tokens
@@ -120,24 +125,23 @@ class GenerationOptions:
         except PromptError as error:
             raise CheckpointError(f"{path}: {error}") from None
 
-    def check_decoder(self, checkpoint: GenerationOptions) -> None:
-        """Raises PromptError where an option is set, to another value than the checkpoint's, that this decoder has no
-        use for.
-        """
-        foreign: tuple[str, ...]
+    def foreign(self, checkpoint: GenerationOptions | None = None) -> list[str]:
+        """List the options that are set, to another value than the checkpoint's, and mean nothing to this decoder."""
         match self.decoder:
             case "diffusion":
-                foreign, others = OF_CAUSAL_DECODERS, "autoregressive and speculative decoders"
+                names = OF_CAUSAL_DECODERS
             case "autoregressive":
-                foreign, others = (*OF_DIFFUSION, "max_steps", "canvas_length"), "diffusion decoder"
+                names = (*OF_DIFFUSION, "max_steps", "canvas_length")
             case "speculative":
-                foreign, others = OF_DIFFUSION, "diffusion decoder"
-        for name in foreign:
-            value = getattr(self, name)
-            if value is not None and value != getattr(checkpoint, name):
-                raise PromptError(
-                    f"{name} is an option of the {others} and means nothing to the {self.decoder} one; leave it out."
-                )
+                names = OF_DIFFUSION
+        own = checkpoint or GenerationOptions()
+        return [name for name in names if getattr(self, name) not in (None, getattr(own, name))]
+
+    def with_decoder(self, decoder: Decoder) -> GenerationOptions:
+        """These options for another decoder: those that mean nothing to it are left to the checkpoint."""
+        options = replace(self, decoder=decoder)
+        unset: dict[str, Any] = dict.fromkeys(options.foreign())
+        return replace(options, **unset)
 
     def filled_from(self, checkpoint: GenerationOptions) -> GenerationOptions:
         """These options with every None replaced by the checkpoint's setting."""
@@ -163,6 +167,7 @@ class Settings(GenerationOptions):
     top_k: int
     min_p: float
     repetition_penalty: float
+    active_rows: bool
 
 
 def check_seed(seed: int | None) -> None:
@@ -182,8 +187,8 @@ def _check_number(options: GenerationOptions, name: str, kind: type, lowest: flo
         raise PromptError(f"{name} must be {what} {limits}, not {value!r}.")
 
 
-OF_DIFFUSION = ("entropy_bound", "t_max", "t_min", "stability", "confidence")
-OF_CAUSAL_DECODERS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+OF_DIFFUSION: tuple[str, ...] = ("entropy_bound", "t_max", "t_min", "stability", "confidence", "active_rows")
+OF_CAUSAL_DECODERS: tuple[str, ...] = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 # `_get_default_generation_params` of the reference; the canvas length is its configuration's default, and what ends a
 # reply is a checkpoint's to say. The sampling of causal decoders is what Gemma 4 is published with.
@@ -201,6 +206,7 @@ REFERENCE_SETTINGS = GenerationOptions(
     top_k=64,
     min_p=0.0,
     repetition_penalty=1.0,
+    active_rows=False,
 )
 
 
@@ -214,9 +220,11 @@ def _token_ids(value: Any) -> list[int]:
 
 # Chosen by `tests/benchmarks/modes.py`.
 # `reference` leaves everything to the checkpoint. `fast` stops a canvas as soon as it is confident, more so than the
-# reference asks, without a step to confirm it, and gives up early on one that does not settle. An option given beside
-# a mode wins: `options.filled_from(MODES["fast"])`.
+# reference asks, without a step to confirm it, and gives up early on one that does not settle. `turbo` computes fewer
+# rows in each step, which is approximate: `tests/benchmarks/active_rows.py`. An option given beside a mode wins:
+# `options.filled_from(MODES["fast"])`.
 MODES: dict[str, GenerationOptions] = {
     "reference": GenerationOptions(),
     "fast": GenerationOptions(max_steps=24, stability=0, confidence=0.002),
+    "turbo": GenerationOptions(active_rows=True),
 }

@@ -33,6 +33,8 @@ from ..generation.sampling import Draws
 from ..options import GenerationOptions
 from ..paths import user_path
 from . import ceilings
+from .decoding import DecoderSpeeds, measure_decoders
+from .prediction import Prediction, predict
 from .step_profile import Component, measure_step
 
 if TYPE_CHECKING:
@@ -129,6 +131,7 @@ class Report:
     step_seconds: float
     fixed: list[FixedWork]
     natural: NaturalStop
+    decoders: DecoderSpeeds
     prefill_tokens_per_second: float
     against: Autoregressive | None
 
@@ -144,6 +147,7 @@ class Report:
             "tokens_per_second": self.natural.tokens_per_second,
             "canvases_by_steps": self.natural.distribution,
         }
+        content["decoders"] = self.decoders.to_dict()
         if self.against:
             content["against"]["tokens_per_second"] = self.against.tokens_per_second
         return content
@@ -180,6 +184,8 @@ def run_benchmark(
         fixed.append(measure_fixed(model, cache, count))
     log(f"{len(prompts)} prompts to their natural stop")
     natural = measure_natural(model, processor, prompts, max_tokens)
+    log("the same prompts by each decoder")
+    decoders = measure_decoders(model, processor, cache, prompts, max_tokens)
     return Report(
         machine=machine,
         best=best,
@@ -190,18 +196,23 @@ def run_benchmark(
         step_seconds=step_seconds,
         fixed=fixed,
         natural=natural,
+        decoders=decoders,
         prefill_tokens_per_second=prefix / prefill_seconds,
         against=against,
     )
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """The memory that a checkpoint needs after `context` tokens; most_context: how many the model was made for."""
+class Plan:
+    """The memory that a checkpoint needs after `context` tokens, and how fast Macs are predicted to be with it.
+
+    most_context: the tokens that the model was made for.
+    """
 
     memory: accounting.Memory
     context: int
     most_context: int
+    predictions: list[Prediction]
 
     @property
     def macs(self) -> str:
@@ -234,11 +245,12 @@ class MemoryPlan:
             "more_for_infilling_bytes": memory.rows,
             "macs": self.macs,
             "macs_to_infill": self.macs_to_infill,
+            "predictions": [prediction.to_dict() for prediction in self.predictions],
         }
 
 
-def plan_memory(source: str | Path, context: int | None = None) -> MemoryPlan:
-    """The memory that a converted checkpoint, a directory or a repository, needs to run after `context` tokens.
+def make_plan(source: str | Path, context: int | None = None) -> Plan:
+    """Plan a converted checkpoint, a directory or a repository, after `context` tokens: its memory, and its speed.
 
     From its shapes alone: of a repository only the small files and the headers of the large ones are read.
     Raises CheckpointError.
@@ -252,7 +264,7 @@ def plan_memory(source: str | Path, context: int | None = None) -> MemoryPlan:
     most = config.text.max_position_embeddings - config.canvas_length
     context = min(accounting.CONTEXT, most) if context is None else context
     memory = accounting.memory_needed(config, checkpoint.nbytes, context, checkpoint.item)
-    return MemoryPlan(memory, context, most)
+    return Plan(memory, context, most, predict(config, checkpoint.tensors, context, checkpoint.item))
 
 
 def describe_machine() -> Machine:

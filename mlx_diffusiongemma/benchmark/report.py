@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .measuring import MemoryPlan, Report
+from .measuring import Plan, Report
 
 BAR = 24  # cells of the longest bar
 EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -15,6 +15,7 @@ EIGHTHS = " ▏▎▍▌▋▊▉"
 def render(report: Report) -> Group:
     """The whole report: machine, ceilings, a step's components, speed."""
     parts: list[RenderableType] = [_machine(report), _ceilings(report), _components(report), _speed(report)]
+    parts += [_rows(report), Text(report.decoders.recommendation, style="bold")]
     if report.against:
         ratio = report.natural.tokens_per_second / report.against.tokens_per_second
         parts.append(
@@ -23,7 +24,7 @@ def render(report: Report) -> Group:
     return Group(*parts)
 
 
-def render_plan(plan: MemoryPlan) -> Group:
+def render_plan(plan: Plan) -> Group:
     """Render what running needs: weights, keys and values, one step; what some uses add; and which Macs have it."""
     memory = plan.memory
     table = Table(title=f"Memory with {plan.context:,} tokens of context", title_justify="left")
@@ -40,13 +41,43 @@ def render_plan(plan: MemoryPlan) -> Group:
     texts = [Text(f"To answer: {plan.macs}.")]
     if plan.macs_to_infill != plan.macs:
         texts.append(Text(f"To infill: {plan.macs_to_infill}."))
-    return Group(table, *texts)
+    return Group(table, *texts, _predictions(plan))
 
 
 def bar(share: float) -> str:
     """A bar for 0 to 1, to an eighth of a cell."""
     eighths = round(min(max(share, 0.0), 1.0) * BAR * 8)
     return "█" * (eighths // 8) + EIGHTHS[eighths % 8].strip()
+
+
+def _predictions(plan: Plan) -> Table:
+    table = Table(title="Predicted, not measured: tokens/s with these weights", title_justify="left")
+    for name in ("chip", "ms a step", "diffusion", "ms a token", "left to right"):
+        table.add_column(name, justify="left" if name == "chip" else "right")
+    table.add_column("faster")
+    for own in plan.predictions:
+        rates = own.diffusion_tokens_per_second, own.autoregressive_tokens_per_second
+        times = (f"{seconds * 1e3:.{0 if seconds > 0.1 else 1}f}" for seconds in (own.step_seconds, own.token_seconds))
+        step, token = times
+        faster = f"{own.faster}, {max(rates) / min(rates):.1f}×"
+        table.add_row(own.chip, step, f"{rates[0]:.0f}", token, f"{rates[1]:.0f}", faster)
+    return table
+
+
+def _rows(report: Report) -> Table:
+    """Plot what a step costs by its rows, beside a token left to right."""
+    speeds = report.decoders
+    table = Table(title="A pass by its rows", title_justify="left")
+    table.add_column("rows", justify="right")
+    table.add_column("ms", justify="right")
+    table.add_column("")
+    most = max(*speeds.step_seconds.values(), speeds.token_seconds)
+    table.add_row("1, left to right", f"{speeds.token_seconds * 1e3:.1f}", bar(speeds.token_seconds / most))
+    for rows, seconds in speeds.step_seconds.items():
+        table.add_row(f"{rows}, denoised", f"{seconds * 1e3:.1f}", bar(seconds / most))
+    table.add_section()
+    table.add_row("a step is", f"{speeds.tokens_per_step:.1f}", "tokens left to right")
+    return table
 
 
 def _machine(report: Report) -> Text:
@@ -109,6 +140,9 @@ def _speed(report: Report) -> Table:
         rival = report.against
         note = f"autoregressive, peak {rival.peak_memory_bytes / 1e9:.2f} GB"
         table.add_row(rival.model, f"{rival.tokens_per_second:.1f}", "", note)
+    for name, replies in report.decoders.replies.items():
+        kept = f"{replies.tokens_per_pass:.1f} tokens a causal pass" if name == "speculative" else "natural stop"
+        table.add_row(f"decoder {name}", f"{replies.tokens_per_second:.1f}", "", kept)
     table.add_row("prefill", f"{report.prefill_tokens_per_second:.1f}", "", f"{report.prefix_tokens:,} tokens")
     first, peak = natural.first_canvas_seconds, natural.peak_memory_bytes / 1e9
     table.add_section()

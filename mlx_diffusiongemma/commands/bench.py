@@ -24,7 +24,7 @@ def bench(
     ] = None,
     plan: Annotated[
         bool,
-        typer.Option("--plan", help="Only the memory that running needs and the Macs that fit, from shapes alone."),
+        typer.Option("--plan", help="From shapes alone: the memory, the Macs that fit, and their predicted speed."),
     ] = False,
     context: Annotated[
         int | None,
@@ -38,10 +38,10 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     yes: Yes = False,
 ) -> None:
-    """Measure this machine's ceilings, then where a denoising step's time goes and how fast replies come."""
+    """Measure where a denoising step's time goes, how fast replies come, and which decoder is the fastest here."""
     from rich.console import Console
 
-    from ..benchmark.measuring import measure_autoregressive, plan_memory, run_benchmark
+    from ..benchmark.measuring import make_plan, measure_autoregressive, run_benchmark
     from ..benchmark.report import render, render_plan
     from ..checkpoints.hub import is_repository
 
@@ -50,7 +50,7 @@ def bench(
     if against and plan:
         raise typer.BadParameter("--against is measured, and --plan measures nothing; leave out one of them")
     if plan:
-        needs = plan_memory(named_model(model), context)
+        needs = make_plan(named_model(model), context)
         if as_json:
             typer.echo(json.dumps(needs.to_dict()))
         else:

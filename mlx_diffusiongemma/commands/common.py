@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from ..errors import PromptError
-
 if TYPE_CHECKING:
     from ..events import Done, Event, Result
     from ..model.diffusion_gemma import DiffusionGemma
@@ -98,7 +96,9 @@ Steps = Annotated[
 MaxTokens = Annotated[
     int, typer.Option("--max-tokens", "-m", metavar="N", parser=whole(1), help="Most tokens to generate.")
 ]
-Mode = Annotated[str, typer.Option("--mode", metavar="MODE", help="reference or fast; other options win over it.")]
+Mode = Annotated[
+    str, typer.Option("--mode", metavar="MODE", help="reference, fast or turbo; other options win over it.")
+]
 EntropyBound = Annotated[
     float | None,
     typer.Option("--entropy-bound", metavar="X", parser=number(0), help="Nats accepted per step [the checkpoint's]."),
@@ -135,31 +135,6 @@ Trace = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON event a line instead.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Download without asking.")]
-
-
-def _answered(name: str) -> Callable[[str | None], None]:
-    """Make what answers an option of other samplers in one sentence; without it there is nothing to do."""
-
-    def answer(given: str | None) -> None:
-        if given is not None:
-            raise PromptError(OF_OTHER_SAMPLERS.format(name=name, instead="--entropy-bound"))
-
-    return answer
-
-
-def _sampler_option(name: str) -> Any:
-    return typer.Option(name, hidden=True, metavar="X", callback=_answered(name))
-
-
-OF_OTHER_SAMPLERS = (
-    "A denoising step's temperature follows the checkpoint's schedule (0.8 falling to 0.4) and its tokens are accepted "
-    "by their entropy, so {name} has no meaning here; leave it out, or change how much is accepted per step with "
-    "{instead}."
-)
-Temp = Annotated[str | None, _sampler_option("--temp")]
-Temperature = Annotated[str | None, _sampler_option("--temperature")]
-TopP = Annotated[str | None, _sampler_option("--top-p")]
-TopK = Annotated[str | None, _sampler_option("--top-k")]
 
 
 def chosen_mode(name: str) -> GenerationOptions:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import PromptError
+from .chatting.decoding import Decoding, MinP, RepetitionPenalty, Temp, TopK, TopP, make_options
 from .chatting.tools import load_functions
 from .common import (
     AsJson,
@@ -26,14 +27,9 @@ from .common import (
     Steps,
     Stop,
     System,
-    Temp,
-    Temperature,
     Thinking,
     Tools,
-    TopK,
-    TopP,
     Yes,
-    chosen_mode,
     end_line,
     load_model,
     named_model,
@@ -73,11 +69,17 @@ def generate(
     ] = False,
     tools: Tools = None,
     max_tokens: MaxTokens = 1024,
+    decoder: Decoding = "diffusion",
     mode: Mode = "reference",
     steps: Steps = None,
     entropy_bound: EntropyBound = None,
     confidence: Confidence = None,
     canvas_length: CanvasLength = None,
+    temp: Temp = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     stop: Stop = None,
     seed: Seed = None,
     live: LiveCanvas = None,
@@ -88,13 +90,9 @@ def generate(
     force: Annotated[bool, typer.Option("--force", help="Let --trace replace a file that is no trace.")] = False,
     as_json: AsJson = False,
     yes: Yes = False,
-    temp: Temp = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
 ) -> None:
     """Answer a prompt."""
-    from .. import ChatSession, GenerationOptions, stream
+    from .. import ChatSession, stream
     from ..display.terminal import show
     from ..display.trace import TraceWriter, event_json
     from .chatting.turns import Turns
@@ -107,15 +105,22 @@ def generate(
     images, videos = image or [], video or []
     if not text.strip() and not images and not videos:
         raise PromptError("The prompt is empty; give a text, as PROMPT or on stdin.")
-    options = GenerationOptions(
+    options = make_options(
         max_tokens=max_tokens,
-        max_steps=steps,
+        decoder=decoder,
+        mode=mode,
+        steps=steps,
         entropy_bound=entropy_bound,
         confidence=confidence,
         canvas_length=canvas_length,
-        stop=tuple(stop or ()),
+        stop=stop,
         seed=seed,
-    ).filled_from(chosen_mode(mode))
+        temp=temp,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
     if force and not trace:
         raise typer.BadParameter("--force is about the file of --trace, which is not given.")
     functions = load_functions(tools) if tools else {}

@@ -56,8 +56,11 @@ def statistics_line(stats: Stats, columns: int | None = None) -> str:
     parts = [
         prompt + _rate(stats.prompt_tokens_per_second),
         _count(stats.generated_tokens, "token") + _rate(stats.tokens_per_second),
-        f"{_count(len(stats.steps), 'canvas', 'canvases')}, {stats.steps_per_canvas:.1f} steps each",
     ]
+    if stats.steps:
+        parts.append(f"{_count(len(stats.steps), 'canvas', 'canvases')}, {stats.steps_per_canvas:.1f} steps each")
+        if stats.passes >= len(stats.steps):  # each was verified
+            parts.append(f"{stats.tokens_per_pass:.1f} tokens a causal pass")
     if stats.retries:
         parts.append(_count(stats.retries, "retry", "retries"))
     if stats.peak_memory_bytes:
@@ -157,6 +160,7 @@ class View:
         self.draft: Draft | None = None
         self.status = [""]  # the most important part first
         self.steps = 0  # of the canvases before this one
+        self.tokens = 0  # committed
         self.drawn_at = -math.inf
         self.behind = False
         self.filled: Filled | None = None
@@ -188,6 +192,9 @@ class View:
             case Commit():
                 if self.behind:
                     self._draw()
+                self.tokens += len(event.tokens)
+                if not self.draft:  # it is written left to right
+                    self.status = [_count(self.tokens, "token")]
                 self.draft = None
                 self.steps += event.steps
                 self._write(event.text)

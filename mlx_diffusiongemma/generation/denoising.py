@@ -71,7 +71,7 @@ class Denoising:
     def __init__(self, model: Denoiser, options: Settings, vocabulary: int, reader: Reader | None = None) -> None:
         self.model, self.options, self.vocabulary, self.reader = model, options, vocabulary, reader
         self._joining: list[Job] = []
-        self._pending: _Pending | None = None
+        self._pending: Pending | None = None
 
     @property
     def jobs(self) -> list[Job]:
@@ -115,9 +115,10 @@ class Denoising:
             return []
         going = [row for row, number in enumerate(pending.after.numbers) if number < self.options.max_steps]
         following = self._compute(pending.after.rows(going) + newcomers)
-        shown = pending.read(self.options.max_steps)
+        report = np.array(pending.report)
+        shown = pending.shown(report, self.options.max_steps)
         staying = [row for row in going if not shown[row].finished]
-        if staying != going:
+        if not self._suits(report[staying], newcomers) or staying != going:
             # That graph computes rows which are done: drop it, so that it holds no buffer, and build a smaller one.
             del following
             for state in (pending.after, *newcomers):
@@ -131,7 +132,7 @@ class Denoising:
                 step.job.cache.release()
         return shown
 
-    def _newcomers(self) -> list[_State]:
+    def _newcomers(self) -> list[State]:
         """The canvases that wait to join, before their first step: one state, or none."""
         jobs = self._joining
         if not jobs:
@@ -144,9 +145,9 @@ class Denoising:
             start = mx.where(given < 0, start, given)
         pinned = mx.array([canvas.pinned for canvas in canvases]) if any(any(c.pinned) for c in canvases) else None
         no_tokens, no_steps = mx.full((rows, length), -1, mx.int32), mx.zeros((rows,), mx.int32)
-        return [_State(jobs, [0] * rows, start, no_tokens, no_steps, start, None, pinned)]
+        return [State(jobs, [0] * rows, start, no_tokens, no_steps, start, None, pinned)]
 
-    def _compute(self, states: list[_State]) -> _Pending | None:
+    def _compute(self, states: list[State]) -> Pending | None:
         """The graph of the next step of all rows in `states`, of which there are at most two; None without any."""
         if not states:
             return None
@@ -154,15 +155,11 @@ class Denoising:
         options, jobs, numbers = self.options, state.jobs, [number + 1 for number in state.numbers]
         shared = all(job.cache is jobs[0].cache for job in jobs)
         cache = jobs[0].cache if shared else CacheRows([job.cache for job in jobs])
-        hidden = self.model.denoise(state.canvas, cache, state.soft_embedding)
         heat = [sampling.temperature(number, options.max_steps, options.t_min, options.t_max) for number in numbers]
         temperature = heat[0] if len(set(heat)) == 1 else mx.array(heat)
         goes_on = min(numbers) < options.max_steps
         keys = sampling.draw_keys([job.draws for job in jobs], numbers, sampling.SAMPLE) if goes_on else None
-        if self.reader is None:
-            tokens, sample, entropy, soft, _ = self.model.read_vocabulary(hidden, temperature, keys)
-        else:
-            tokens, sample, entropy, soft, _ = self.reader.read(hidden, temperature, keys, jobs)
+        tokens, sample, entropy, soft, _ = self._read(state, cache, temperature, keys)
         pinned, start = state.pinned, state.start
         if pinned is not None:
             tokens = mx.where(pinned, start, tokens)
@@ -177,14 +174,36 @@ class Denoising:
                 canvas = mx.where(pinned, start, canvas)
         if soft is not None and pinned is not None:
             soft = mx.where(pinned[..., None], self.model.embed(start), soft)
-        after = _State(jobs, numbers, canvas, tokens, unchanged, start, soft, pinned)
-        return _Pending(_packed(tokens, accepted, entropy, finished), after, cache)
+        after = State(jobs, numbers, canvas, tokens, unchanged, start, soft, pinned, sample, entropy)
+        after, flags = self._planned(state, after, accepted, mean, finished)
+        return Pending(_packed(tokens, accepted, entropy, flags), after, cache)
+
+    def _read(
+        self, state: State, cache: Cache | CacheRows, temperature: float | mx.array, keys: mx.array | None
+    ) -> Reading:
+        """What the model says of every position of the canvases."""
+        hidden = self.model.denoise(state.canvas, cache, state.soft_embedding)
+        if self.reader is None:
+            return self.model.read_vocabulary(hidden, temperature, keys)
+        return self.reader.read(hidden, temperature, keys, state.jobs)
+
+    def _planned(
+        self, before: State, after: State, accepted: mx.array, mean: mx.array, finished: mx.array
+    ) -> tuple[State, mx.array]:
+        """The state that the next step starts from, and the flags to report, [B, F]: first, which canvases are done."""
+        return after._replace(sample=None, entropy=None), finished[:, None]
+
+    def _suits(self, report: np.ndarray, newcomers: list[State]) -> bool:
+        """Whether the next step's graph, which was built before the report was read, is the right one for the canvases
+        that stay, a row of the report each, and the newcomers.
+        """
+        return True
 
     def _noise(self, jobs: Sequence[Job], steps: Sequence[int], length: int) -> mx.array:
         keys = sampling.draw_keys([job.draws for job in jobs], steps, sampling.NOISE)
         return sampling.noise(keys, length, self.vocabulary)
 
-    def _dispatched(self, pending: _Pending | None) -> _Pending | None:
+    def _dispatched(self, pending: Pending | None) -> Pending | None:
         """The same step, on its way to the device; from now on the next may write where this one's canvases lie."""
         if pending is not None:
             pending.cache.settle()
@@ -192,12 +211,13 @@ class Denoising:
         return pending
 
 
-class _State(NamedTuple):
+class State(NamedTuple):
     """Some canvases between two steps: all that the next one starts from.
 
     numbers: the steps that each has had. canvas [B, L]: the tokens to read. tokens [B, L] and unchanged [B]: the last
     argmax canvas, and for how many steps it has been the same. start [B, L]: where they began. soft_embedding
-    [B, L, H]: None before the first step. pinned [B, L]: None where no position of any canvas is.
+    [B, L, H]: None before the first step. pinned [B, L]: None where no position of any canvas is. The rest is None but
+    for `decoders.active_rows`, which says what it is.
     """
 
     jobs: list[Job]
@@ -208,12 +228,18 @@ class _State(NamedTuple):
     start: mx.array
     soft_embedding: mx.array | None
     pinned: mx.array | None
+    sample: mx.array | None = None
+    entropy: mx.array | None = None
+    held: mx.array | None = None
+    computed: mx.array | None = None
+    order: mx.array | None = None
+    size: mx.array | None = None
 
     @property
     def arrays(self) -> list[mx.array]:
         return [array for array in self[2:] if array is not None]
 
-    def rows(self, rows: list[int]) -> list[_State]:
+    def rows(self, rows: list[int]) -> list[State]:
         """The state of some of the rows: one, or none where `rows` is empty."""
         if not rows:
             return []
@@ -221,42 +247,41 @@ class _State(NamedTuple):
             return [self]
         index = mx.array(rows)
         lists = [self.jobs[row] for row in rows], [self.numbers[row] for row in rows]
-        return [_State._make([*lists, *(None if array is None else array[index] for array in self[2:])])]
+        return [State._make([*lists, *(None if array is None else array[index] for array in self[2:])])]
 
-    def joined(self, other: _State) -> _State:
+    def joined(self, other: State) -> State:
         """These rows and then the others. What only one side has is zero for the other: nothing believed or pinned."""
         arrays = (
             _stacked(mine, theirs, len(self.jobs), len(other.jobs))
             for mine, theirs in zip(self[2:], other[2:], strict=True)
         )
-        return _State._make([self.jobs + other.jobs, self.numbers + other.numbers, *arrays])
+        return State._make([self.jobs + other.jobs, self.numbers + other.numbers, *arrays])
 
 
-class _Pending(NamedTuple):
-    """A step under way. `report` [B, 3 L + 1] holds all that is read back, so that one read blocks, once."""
+class Pending(NamedTuple):
+    """A step under way. `report` [B, 3 L + flags] holds all that is read back, so that one read blocks, once."""
 
     report: mx.array
-    after: _State
+    after: State
     cache: Cache | CacheRows
 
-    def rows(self, rows: list[int]) -> _Pending:
+    def rows(self, rows: list[int]) -> Pending:
         """The same step, of some of its rows."""
         return self._replace(report=self.report[mx.array(rows)], after=self.after.rows(rows)[0])
 
-    def read(self, max_steps: int) -> list[Step]:
-        """Wait for the step. The last one that a canvas may take finishes it."""
-        report = np.array(self.report)
+    def shown(self, report: np.ndarray, max_steps: int) -> list[Step]:
+        """Say what the report, read back, shows. The last step that a canvas may take finishes it."""
         length = (report.shape[1] - 1) // 3
-        tokens, accepted, entropy, finished = np.split(report, [length * part for part in (1, 2, 3)], axis=1)
-        done = (finished[:, 0] > 0) | (np.array(self.after.numbers) >= max_steps)
+        tokens, accepted, entropy, flags = np.split(report, [length * part for part in (1, 2, 3)], axis=1)
+        done = (flags[:, 0] > 0) | (np.array(self.after.numbers) >= max_steps)
         columns = (tokens, accepted.astype(bool), entropy.view(np.float32), done)
         rows = zip(self.after.jobs, self.after.numbers, *(column.tolist() for column in columns), strict=True)
         return [Step(*row) for row in rows]
 
 
-def _packed(tokens: mx.array, accepted: mx.array, entropy: mx.array, finished: mx.array) -> mx.array:
+def _packed(tokens: mx.array, accepted: mx.array, entropy: mx.array, flags: mx.array) -> mx.array:
     parts = [tokens.astype(mx.uint32), accepted.astype(mx.uint32), entropy.view(mx.uint32)]
-    return mx.concatenate([*parts, finished[:, None].astype(mx.uint32)], axis=1)
+    return mx.concatenate([*parts, flags.astype(mx.uint32)], axis=1)
 
 
 def _stacked(first: mx.array | None, second: mx.array | None, rows: int, other_rows: int) -> mx.array | None:

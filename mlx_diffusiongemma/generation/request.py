@@ -98,9 +98,13 @@ def request_options(
     seed: int | None = None,
 ) -> Settings:
     """The options that a request runs with: its own, then the checkpoint's, and a seed. Raises PromptError."""
-    if options is not None:
-        options.check_decoder(model.options)
-    filled = (options or GenerationOptions()).filled_from(model.options)
+    options = options or GenerationOptions()
+    for name in options.foreign(model.options):
+        others = "causal decoders" if options.decoder == "diffusion" else "diffusion decoder"
+        raise PromptError(
+            f"{name} is an option of the {others} and means nothing to the {options.decoder} one; leave it out."
+        )
+    filled = options.filled_from(model.options)
     if max_tokens is not None:
         filled = replace(filled, max_tokens=max_tokens)
     seed = filled.seed if seed is None else seed

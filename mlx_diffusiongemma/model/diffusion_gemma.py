@@ -7,6 +7,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import mlx.core as mx
@@ -19,7 +20,7 @@ from . import vocabulary
 from .budgets import PREFILL_CHUNK
 from .cache import SNAPSHOT_BYTES, Block, Cache, CacheRows, Label
 from .joining import fusible
-from .layer_cache import LayerCache, LayerRows
+from .layer_cache import LayerCache, LayerRows, Places
 from .layers import MLP, Attention, Extend, Mask, SelfConditioning
 from .moe import Experts, Router
 from .vision import VisionModel, image_blocks
@@ -260,20 +261,30 @@ class DiffusionGemma(nn.Module):
         return decoder.norm(x)
 
     def denoise(
-        self, canvas: mx.array, cache: Cache | CacheRows, self_conditioning: mx.array | None = None
+        self,
+        canvas: mx.array,
+        cache: Cache | CacheRows,
+        self_conditioning: mx.array | None = None,
+        places: Places | None = None,
     ) -> mx.array:
         """Hidden states [B, L, H] of the canvas's tokens [B, L] after the cached prefix, which is only read.
 
         self_conditioning: what `soft_embedding` made of the previous step, [B, L, H]; None at the first step.
-        A cache of one row serves any B; `CacheRows` gives each row a prefix of its own.
+        A cache of one row serves any B; `CacheRows` gives each row a prefix of its own. places: the positions that the
+        tokens are at, where they are but part of a canvas, whose other keys and values are those of the step before
+        (caches of one row only); duplicates do no harm.
         """
         decoder, window = self.model.decoder, self.config.text.sliding_window
-        masks = {SLIDING: cache.canvas_mask(canvas.shape[1], window), FULL: cache.canvas_mask(canvas.shape[1], None)}
+        length = canvas.shape[1] if places is None else places[1]
+        masks = {SLIDING: cache.canvas_mask(length, window), FULL: cache.canvas_mask(length, None)}
         x = decoder.self_conditioning(self.embed(canvas), self_conditioning)
         positions = cache.positions
+        if places is not None:
+            positions = places[0] + (positions if isinstance(positions, int) else positions[:, None])
         caches: Sequence[LayerCache | LayerRows] = cache.layers
         for config, layer, kept in zip(self.config.text.layers, decoder.layers, caches, strict=True):
-            x = layer(x, kept.with_canvas, positions, masks[config.kind], layer.layer_scalar)
+            extend = kept.with_canvas if places is None else partial(kept.with_part_of_canvas, places=places)
+            x = layer(x, extend, positions, masks[config.kind], layer.layer_scalar)
         return decoder.norm(x)
 
     def logits(self, hidden: mx.array) -> mx.array:
@@ -292,15 +303,19 @@ class DiffusionGemma(nn.Module):
         return self._scaled(vocabulary.soft_embedding(self.model.decoder.embed_tokens, processed_logits))
 
     def read_vocabulary(
-        self, hidden: mx.array, temperature: float | mx.array, key: mx.array | None = None
+        self,
+        hidden: mx.array,
+        temperature: float | mx.array,
+        key: mx.array | None = None,
+        places: Places | None = None,
     ) -> vocabulary.Reading:
         """Read tokens, sample, entropy and soft embedding off hidden [B, L, H] in one pass; no logits are kept.
 
         temperature: one for all rows, or of each row, [B]. key: PRNG key [2], or one per row [B, 2]; without one
-        nothing is drawn and no soft embedding computed.
+        nothing is drawn and no soft embedding computed. places: see `denoise`; each is drawn as in the whole canvas.
         """
         cap = self.config.text.final_logit_softcapping
-        reading = vocabulary.read(self.model.decoder.embed_tokens, hidden, cap, temperature, key)
+        reading = vocabulary.read(self.model.decoder.embed_tokens, hidden, cap, temperature, key, places)
         if reading.soft_embedding is None:
             return reading
         return reading._replace(soft_embedding=self._scaled(reading.soft_embedding))

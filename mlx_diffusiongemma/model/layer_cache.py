@@ -14,6 +14,7 @@ import mlx.core as mx
 from .budgets import CACHE_GROWTH, SLIDING_GROWTH
 
 KeysValues = tuple[mx.array, mx.array]  # [B, heads, N, head_dim] each
+Places = tuple[mx.array, int]  # some positions of a canvas, int32 [B, F], and the length of that canvas
 
 
 class LayerCache:
@@ -93,6 +94,22 @@ class LayerCache:
         first = start - self.visible
         return all_keys[:, :, first:end], all_values[:, :, first:end]
 
+    def with_part_of_canvas(self, keys: mx.array, values: mx.array, places: Places) -> KeysValues:
+        """The K/V that a canvas attends to, of which only those at `places` [1, heads, F, head_dim] are new.
+
+        All others are those that `settle` adopted last. For a cache of one row. Raises ValueError where no canvas was
+        settled since the prefix was written.
+        """
+        index, length = places
+        end = self.length + length
+        if self.buffers is None or self.buffers[0].shape[0] != 1 or self.buffers[0].shape[2] < end:
+            raise ValueError("part of a canvas can only be written where a whole one of one row was written before")
+        at = self.length + index[0]
+        written = _written_at(self.buffers[0], at, keys), _written_at(self.buffers[1], at, values)
+        self._canvas = written
+        first = self.length - self.visible
+        return written[0][:, :, first:end], written[1][:, :, first:end]
+
     def _base(self, keys: mx.array, values: mx.array, rows: int) -> tuple[KeysValues, int]:
         """Buffers of `rows` rows to write a canvas into, and where in them the prefix ends."""
         if self.buffers is None:
@@ -157,6 +174,15 @@ class LayerRows:
         """The K/V that each row's canvas attends to, for a batch's own [B, heads, L, head_dim]."""
         return [layer.with_canvas(keys[row : row + 1], values[row : row + 1]) for row, layer in enumerate(self.layers)]
 
+    def with_part_of_canvas(self, keys: mx.array, values: mx.array, places: Places) -> list[KeysValues]:
+        """The K/V that each row's canvas attends to, of which those at `places` are new."""
+        index, length = places
+        rows = [slice(row, row + 1) for row in range(len(self.layers))]
+        return [
+            layer.with_part_of_canvas(keys[row], values[row], (index[row], length))
+            for row, layer in zip(rows, self.layers, strict=True)
+        ]
+
 
 def _with_room(array: mx.array, room: int) -> mx.array:
     """`array` [B, heads, N, head_dim] with `room` more positions."""
@@ -172,3 +198,8 @@ def _written(buffer: mx.array, start: int, new: mx.array) -> mx.array:
     target = buffer[:]
     target[:, :, start : start + new.shape[2]] = new
     return target
+
+
+def _written_at(buffer: mx.array, at: mx.array, new: mx.array) -> mx.array:
+    """`buffer` with `new` at the positions `at` [F]; in place where nobody else holds it."""
+    return mx.put_along_axis(buffer, at[None, None, :, None], new, axis=2)

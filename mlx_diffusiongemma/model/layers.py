@@ -103,14 +103,23 @@ class Attention(Fusible):
         self.rope = initialize_rope(self.head_dim, rope["rope_theta"], False, rope, config.max_position_embeddings)
 
     def __call__(self, x: mx.array, extend: Extend, offset: int | mx.array, mask: Mask | list[Mask]) -> mx.array:
-        """x [B, N, hidden] at positions from `offset` (an int, or one per row) -> [B, N, hidden].
+        """x [B, N, hidden] at positions from `offset` (an int, or one per row), or at each of `offset` [B, N] ->
+        [B, N, hidden].
 
         `extend` takes the new keys and values and returns all that are attended to.
         """
         queries, keys, values = (heads.transpose(0, 2, 1, 3) for heads in self._project(x))
-        queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
+        queries, keys = self._rotated(queries, offset), self._rotated(keys, offset)
         output = attend_rows(queries, extend(keys, values), mask)
         return self.o_proj(output.transpose(0, 2, 1, 3).flatten(2))
+
+    def _rotated(self, heads: mx.array, offset: int | mx.array) -> mx.array:
+        if isinstance(offset, int) or offset.ndim < 2:
+            return self.rope(heads, offset=offset)
+        # RoPE takes positions in a row, from one per batch row: here each token is a batch row of its own.
+        rows, _, count, width = heads.shape
+        apart = heads.transpose(0, 2, 1, 3).reshape(rows * count, -1, 1, width)
+        return self.rope(apart, offset=offset.flatten()).reshape(rows, count, -1, width).transpose(0, 2, 1, 3)
 
     def _project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Normalised queries, keys and values, each [B, N, heads, head_dim]."""

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .budgets import BLOCK_BUDGET, BLOCK_TOKENS, GROUP, MEMBER_ROWS
+from .layer_cache import Places
 from .layers import fuse_elementwise
 
 Embedding = nn.Embedding | nn.QuantizedEmbedding
@@ -157,12 +158,18 @@ def block_length(rows: int, vocabulary: int) -> int:
 
 
 def read(
-    embedding: Embedding, hidden: mx.array, cap: float, temperature: float | mx.array, key: mx.array | None
+    embedding: Embedding,
+    hidden: mx.array,
+    cap: float,
+    temperature: float | mx.array,
+    key: mx.array | None,
+    places: Places | None = None,
 ) -> Reading:
     """One pass over the vocabulary for hidden [B, L, hidden], at `temperature` (> 0), one or of each row [B].
 
     key: a PRNG key [2] for all rows, or one per row [B, 2]; None draws nothing and leaves the soft embedding out.
-    The soft embedding is unscaled.
+    The soft embedding is unscaled. places: where in a canvas the L positions are, if they are only some of it: then
+    each draws what it draws in the whole canvas.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
     vocabulary = embedding.weight.shape[0]
@@ -181,7 +188,7 @@ def read(
     tokens, entropy, log_total = (array.reshape(shape) for array in (sums.tokens, sums.entropy, sums.log_total))
     if key is None or sums.soft is None:
         return Reading(tokens, None, entropy, None, log_total)
-    uniforms = draw_uniforms(key, shape).reshape(2, -1)
+    uniforms = _uniforms(key, shape, places).reshape(2, -1)
     group = _pick(total.group_masses(sums.top), uniforms[0])
     sample = group * GROUP + _pick(_member_weights(embedding, rows, group, bound, divisor), uniforms[1])
     return Reading(tokens, sample.reshape(shape), entropy, (sums.soft / sums.mass).reshape(hidden.shape), log_total)
@@ -206,6 +213,14 @@ def draw_uniforms(key: mx.array, shape: tuple[int, ...]) -> mx.array:
     if key.ndim == 1:
         return mx.random.uniform(shape=(2, *shape), key=key)
     return mx.stack([mx.random.uniform(shape=(2, shape[1]), key=row) for row in key], axis=1)
+
+
+def _uniforms(key: mx.array, shape: tuple[int, ...], places: Places | None) -> mx.array:
+    """`draw_uniforms` for [B, L] positions: of a whole canvas, or of those that `places` says."""
+    if places is None:
+        return draw_uniforms(key, shape)
+    index, length = places
+    return mx.take_along_axis(draw_uniforms(key, (shape[0], length)), index[None], axis=2)
 
 
 def _product(block: Embedding, rows: mx.array) -> mx.array:

@@ -30,7 +30,14 @@ def make_app(service: Service, rules: Rules) -> ASGIApp:
         service.engine.close()
         service.engine.join()
 
-    app = FastAPI(title="mlx-diffusiongemma", version=__version__, lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(
+        title="mlx-diffusiongemma",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
     for interface in (status, openai_chat, completions, openai_responses, anthropic, editors, edits, page):
         app.include_router(interface.routes(service))
 

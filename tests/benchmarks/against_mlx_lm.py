@@ -91,9 +91,10 @@ def prefixes(model, peer, tokens: list[int]):
         shape = 1, layer.num_key_value_heads, length, layer.head_dim
         for place, name in enumerate(("keys", "values")):
             arrays[f"layers.{number}.{name}"] = mx.random.normal(shape, key=mx.random.key(2 * number + place))
-        their.state = arrays[f"layers.{number}.keys"], arrays[f"layers.{number}.values"]
+        their.keys, their.values = arrays[f"layers.{number}.keys"], arrays[f"layers.{number}.values"]
+        their.offset = len(tokens)
         if layer.is_sliding:
-            their.offset, their._idx = len(tokens), length
+            their._idx = length
     ours = model.make_cache()
     ours.adopt(arrays, list(tokens))
     ours.snapshot()

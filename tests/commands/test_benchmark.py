@@ -11,14 +11,17 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from convert_data import DEMO
+from convert_data import DEMO, true_config, true_shapes
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from rich.console import Console
 
 from mlx_diffusiongemma import load
 from mlx_diffusiongemma.benchmark import ceilings, measuring, operations
+from mlx_diffusiongemma.benchmark.prediction import predict
 from mlx_diffusiongemma.benchmark.report import bar, render, render_plan
+from mlx_diffusiongemma.checkpoints.safetensors import Entry
+from mlx_diffusiongemma.config import ModelConfig
 from mlx_diffusiongemma.convert import convert_checkpoint
 from mlx_diffusiongemma.errors import CheckpointError
 
@@ -179,7 +182,7 @@ def test_as_json_and_as_a_table(report):
 
 
 def test_the_plan_of_a_checkpoint_needs_no_weights(checkpoint, tmp_path):
-    plan = measuring.plan_memory(checkpoint, context=1000)
+    plan = measuring.make_plan(checkpoint, context=1000)
     memory = plan.memory
     size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
     assert size * 0.9 < memory.weights <= size
@@ -198,11 +201,31 @@ def test_the_plan_of_a_checkpoint_needs_no_weights(checkpoint, tmp_path):
 def test_a_plan_beyond_the_models_context_says_so(checkpoint):
     config = load(checkpoint)[0].config
     most = config.text.max_position_embeddings - config.canvas_length
-    assert measuring.plan_memory(checkpoint).context == most  # of 8,192
-    assert measuring.plan_memory(checkpoint, most).warning == ""
-    assert f"{most:,}" in measuring.plan_memory(checkpoint, most + 1).warning
+    assert measuring.make_plan(checkpoint).context == most  # of 8,192
+    assert measuring.make_plan(checkpoint, most).warning == ""
+    assert f"{most:,}" in measuring.make_plan(checkpoint, most + 1).warning
 
 
 def test_bars():
     assert bar(0) == "" and bar(1) == "█" * 24 and bar(0.5) == "█" * 12 and bar(2) == bar(1)
     assert bar(1 / 24 / 8) == "▏"
+
+
+def test_predictions_lie_near_the_published_measurements():
+    """For the true 4-bit checkpoint: a step of 261 ms on an M2 Ultra; Gemma 4 writes 71 tokens/s on an M1 Ultra."""
+    config = ModelConfig.from_dict(true_config())
+    tensors = {name: Entry(name, dtype, tuple(shape)) for name, shape, dtype in true_shapes("mlx_4bit")}
+    found = {own.chip: own for own in predict(config, tensors, 1024, 2)}
+    assert found["M2 Ultra"].step_seconds == pytest.approx(0.261, rel=0.1)
+    assert 60 <= found["M1 Ultra"].autoregressive_tokens_per_second <= 100
+    assert found["M4 Max"].faster == "ar" and 15 <= found["M4 Max"].diffusion_tokens_per_second <= 35
+
+
+def test_each_decoder_answers_and_one_is_recommended(report):
+    speeds = report.decoders
+    assert list(speeds.replies) == ["diffusion", "autoregressive", "speculative"]
+    assert all(own.tokens > 0 and own.seconds > 0 for own in speeds.replies.values())
+    assert list(speeds.step_seconds) == [16, 32, 64] and all(seconds > 0 for seconds in speeds.step_seconds.values())
+    assert speeds.recommendation.startswith("Fastest on these prompts here: --decoder ")
+    assert json.loads(json.dumps(report.to_dict()))["decoders"]["token_seconds"] == speeds.token_seconds
+    assert "left to right" in text_of(render(report))

@@ -54,6 +54,8 @@ def test_version_and_usage():
     assert run().returncode == 2 and "convert" in run().stdout + run().stderr
     assert run("generate", "--no-such-option").returncode == 2
     assert run("convert", "--q4", "--q8").returncode == 2
+    assert "none of diffusion, ar, speculative" in run("generate", "hi", "--decoder", "left").stderr
+    assert "is not a number from 0 to 1" in run("generate", "hi", "--top-p", "x").stderr
 
 
 def test_an_answer_and_its_statistics(demo_float32):
@@ -108,8 +110,10 @@ def test_without_any_model_the_ready_made_one_is_named(tmp_path):
         (["generate", "hi", "--model", DEMO], 1, f"mlx-dg convert {DEMO} --q4"),
         (["generate", "hi", "--model", "nobody/nothing"], 1, "nobody/nothing"),
         (["generate", "hi", "--temp", "0.5"], 1, "schedule"),
-        (["generate", "hi", "--temperature", "0.5"], 1, "--temperature has no meaning"),
-        (["generate", "hi", "--top-p", "x"], 1, "--top-p has no meaning"),
+        (["generate", "hi", "--temperature", "0.5"], 1, "--temp has no meaning"),
+        (["generate", "hi", "--top-p", "0.9"], 1, "--top-p has no meaning"),
+        (["generate", "hi", "--decoder", "ar", "--steps", "3"], 1, "--steps is about denoising"),
+        (["generate", "hi", "--decoder", "ar", "--mode", "fast"], 1, "--mode fast is about denoising"),
         (["chat", "--top-k", "5"], 1, "--top-k has no meaning"),
         (["generate", ""], 1, "The prompt is empty"),
         (["generate", "-p", " \n"], 1, "The prompt is empty"),

@@ -317,8 +317,8 @@ def test_the_demo_sees_images_and_declares_tools_left_to_right(demo_float32):
         (replace(LEFT_TO_RIGHT, max_steps=4), "max_steps is an option of the diffusion decoder"),
         (replace(LEFT_TO_RIGHT, entropy_bound=0.3), "entropy_bound is an option of the diffusion decoder"),
         (replace(LEFT_TO_RIGHT, canvas_length=8), "canvas_length is an option of the diffusion decoder"),
-        (GenerationOptions(temperature=0.5), "temperature is an option of the autoregressive and speculative decoders"),
-        (GenerationOptions(top_k=3), "top_k is an option of the autoregressive"),
+        (GenerationOptions(temperature=0.5), "temperature is an option of the causal decoders"),
+        (GenerationOptions(top_k=3), "top_k is an option of the causal"),
     ],
     ids=str,
 )

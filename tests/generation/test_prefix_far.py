@@ -57,7 +57,7 @@ def test_masks_are_by_definition(model, offset, blocks):
         for first, last in blocks:
             of_image = (keys >= offset + first) & (keys < offset + last)
             expected |= of_image & (queries >= offset + first) & (queries < offset + last)
-        made = model._encoder_mask(kind, cache, CANVAS, blocks)
+        made = cache.encoder_mask(CANVAS, model.config.text.sliding_window if kind == SLIDING else None, blocks)
         if isinstance(made, str):
             assert made == "causal" and (expected == (keys <= queries)).all()
         else:

@@ -24,14 +24,9 @@ from ..common import (
     Steps,
     Stop,
     System,
-    Temp,
-    Temperature,
     Thinking,
     Tools,
-    TopK,
-    TopP,
     Yes,
-    chosen_mode,
     load_model,
     named_model,
     notice,
@@ -39,6 +34,7 @@ from ..common import (
 )
 from ..keeping.conversations import Keeper, find, read
 from ..keeping.shown import show_message
+from .decoding import Decoding, MinP, RepetitionPenalty, Temp, TopK, TopP, make_options
 from .input import Read, at_terminal, message_reader
 from .settings import NAMES, change
 from .tools import Functions, load_functions
@@ -52,6 +48,7 @@ HELP = """\
 /video PATH      show it a GIF, WebP or APNG, frame by frame
 /system TEXT     set the instructions; without text, take them away
 /think           let the model think first, or stop that
+/decoder NAME    write with diffusion, ar (left to right) or speculative
 /set NAME VALUE  change an option, such as /set steps 24; /set lists them
 /undo            forget the last turn
 /reset           forget all turns
@@ -72,11 +69,17 @@ def chat(
     thinking: Thinking = False,
     tools: Tools = None,
     max_tokens: MaxTokens = 1024,
+    decoder: Decoding = "diffusion",
     mode: Mode = "reference",
     steps: Steps = None,
     entropy_bound: EntropyBound = None,
     confidence: Confidence = None,
     canvas_length: CanvasLength = None,
+    temp: Temp = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
     stop: Stop = None,
     seed: Seed = None,
     live: LiveCanvas = None,
@@ -85,24 +88,27 @@ def chat(
         bool, typer.Option("--history/--no-history", help="Keep what you type for the next chat's arrow keys.")
     ] = True,
     yes: Yes = False,
-    temp: Temp = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
 ) -> None:
     """Talk; every turn costs only what is new. Piped, a line is a turn."""
-    from ... import ChatSession, GenerationOptions
+    from ... import ChatSession
 
     functions = load_functions(tools) if tools else {}
-    options = GenerationOptions(
+    options = make_options(
         max_tokens=max_tokens,
-        max_steps=steps,
+        decoder=decoder,
+        mode=mode,
+        steps=steps,
         entropy_bound=entropy_bound,
         confidence=confidence,
         canvas_length=canvas_length,
-        stop=tuple(stop or ()),
+        stop=stop,
         seed=seed,
-    ).filled_from(chosen_mode(mode))
+        temp=temp,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
     last = read(find("")) if go_on else None
     source = named_model(model or (last.model if last else None))
     loaded, processor = load_model(source, yes=yes)
@@ -141,6 +147,7 @@ class _Chat:
             "video": self._video,
             "system": self._system,
             "think": self._think,
+            "decoder": lambda text: say(change(self.turns, f"decoder {text}")),
             "set": lambda text: say(change(self.turns, text)),
             "undo": self._undo,
             "reset": self._reset,

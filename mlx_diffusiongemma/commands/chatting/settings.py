@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ...errors import PromptError
-from ..common import OF_OTHER_SAMPLERS, chosen_mode, number, whole
+from ..common import chosen_mode, number, whole
+from .decoding import OF_OTHER_SAMPLERS, chosen_decoder
 
 if TYPE_CHECKING:
     from ...options import GenerationOptions
@@ -22,13 +23,17 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "entropy-bound": ("entropy_bound", number(0)),
     "confidence": ("confidence", number(0)),
     "canvas-length": ("canvas_length", whole(1)),
+    "temp": ("temperature", number(0)),
+    "top-p": ("top_p", number(0, 1)),
+    "top-k": ("top_k", whole(0)),
+    "min-p": ("min_p", number(0, 1)),
+    "repetition-penalty": ("repetition_penalty", number(0, above=True)),
     "seed": ("seed", whole(0, 2**64 - 1)),
     "stop": ("stop", lambda text: (text,)),
 }
-NAMES = ("mode", *OPTIONS, "heat", "canvas")
+NAMES = ("decoder", "mode", *OPTIONS, "heat", "canvas")
 SWITCHES = {"on": True, "off": False}
 UNSET = "default"
-OTHER_SAMPLERS = ("temp", "temperature", "top-p", "top-k")
 
 
 def change(turns: Turns, text: str) -> str:
@@ -40,8 +45,7 @@ def change(turns: Turns, text: str) -> str:
     name, value = name.removeprefix("--").replace("_", "-"), value.strip()
     if not name:
         return "\n".join(_said(turns, each) for each in NAMES if each != "mode")
-    if name in OTHER_SAMPLERS:
-        raise PromptError(OF_OTHER_SAMPLERS.format(name=name, instead="/set entropy-bound"))
+    name = "temp" if name == "temperature" else name
     if name not in NAMES:
         raise PromptError(f"There is no setting {name}; they are {', '.join(NAMES)}.")
     if not value:
@@ -57,14 +61,16 @@ def change(turns: Turns, text: str) -> str:
 
 def _put(turns: Turns, name: str, value: str) -> None:
     options = turns.session.options
-    if name == "mode":
+    if name == "decoder":
+        turns.session.options = options.with_decoder(chosen_decoder("diffusion" if value == UNSET else value))
+    elif name == "mode":
         chosen = chosen_mode(value)
         fields = ("max_steps", "stability", "confidence")
-        turns.session.options = replace(options, **{field: getattr(chosen, field) for field in fields})
+        turns.session.options = _checked(replace(options, **{field: getattr(chosen, field) for field in fields}), name)
     elif name in OPTIONS:
         field, read = OPTIONS[name]
         kept = getattr(type(options)(), field) if value == UNSET else read(value)
-        turns.session.options = replace(options, **{field: kept})
+        turns.session.options = _checked(replace(options, **{field: kept}), name)
     elif name == "canvas" and value == UNSET:
         turns.live = None
     elif value not in SWITCHES:
@@ -75,11 +81,22 @@ def _put(turns: Turns, name: str, value: str) -> None:
         turns.live = SWITCHES[value]
 
 
+def _checked(options: GenerationOptions, name: str) -> GenerationOptions:
+    """These options, which setting `name` has changed. Raises PromptError where it means nothing to the decoder."""
+    if not options.foreign():
+        return options
+    if options.decoder == "diffusion":
+        raise PromptError(OF_OTHER_SAMPLERS.format(name=name, bound="/set entropy-bound", decoder="/decoder ar"))
+    raise PromptError(f"{name} is about denoising, which the {options.decoder} decoder does not do as told; leave it.")
+
+
 def _said(turns: Turns, name: str) -> str:
     if name in ("heat", "canvas"):
         switch = turns.heat if name == "heat" else turns.live
         return f"{name}: {UNSET if switch is None else 'on' if switch else 'off'}"
     options: GenerationOptions = turns.session.options
+    if name == "decoder":
+        return f"decoder: {options.decoder}"
     value = getattr(options, OPTIONS[name][0])
     if name == "stop":
         return f"stop: {value[0]!r}" if len(value) == 1 else f"stop: {', '.join(map(repr, value)) or 'nothing'}"

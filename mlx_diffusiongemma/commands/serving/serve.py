@@ -5,18 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 from urllib.parse import urlsplit
 
 import typer
 
 from ...errors import PromptError
+from ..chatting.decoding import NAMES, Decoding
 from ..common import MaxTokens, Mode, Model, Yes, announced_model, chosen_mode, load_source, number, say, whole
 
-if TYPE_CHECKING:
-    from ...options import Decoder
-
-DECODERS: dict[str, Decoder] = {"diffusion": "diffusion", "ar": "autoregressive", "speculative": "speculative"}
 # What to type, or where to, for the page and for each client; every line with the server's address.
 POINTERS = """\
 The page:     {url}
@@ -55,9 +52,7 @@ def serve(
         float | None,
         typer.Option("--keep", metavar="GB", parser=number(0), help="Memory for prompts read before [a quarter]."),
     ] = None,
-    decoder: Annotated[
-        str, typer.Option("--decoder", metavar="NAME", help="diffusion, ar or speculative, where a request is silent.")
-    ] = "diffusion",
+    decoder: Decoding = "diffusion",
     mode: Mode = "reference",
     max_tokens: MaxTokens = 1024,
     strict_model: Annotated[
@@ -82,14 +77,14 @@ def serve(
 
     if host not in LOOPBACK and not api_key:
         raise typer.BadParameter(f"others can reach {host}: give a key that they need, with --api-key.")
-    if decoder not in DECODERS:
-        raise typer.BadParameter(f"{decoder!r} is none of {', '.join(DECODERS)}.", param_hint="'--decoder'")
+    if decoder not in NAMES:
+        raise typer.BadParameter(f"{decoder!r} is none of {', '.join(NAMES)}.", param_hint="'--decoder'")
     for origin in allow_origin or ():
         if not (urlsplit(origin).scheme and urlsplit(origin).netloc) or urlsplit(origin).path:
             raise typer.BadParameter(
                 f"{origin!r} is no site; name one such as https://example.org", param_hint="'--allow-origin'"
             )
-    options = replace(chosen_mode(mode), decoder=DECODERS[decoder], max_tokens=max_tokens)
+    options = replace(chosen_mode(mode), decoder=NAMES[decoder], max_tokens=max_tokens)
     source = announced_model(model, yes=yes)
     _log_to_stderr(LOG)
     kept_bytes = None if keep is None else int(keep * 1e9)

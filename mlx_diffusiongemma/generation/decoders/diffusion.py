@@ -12,6 +12,7 @@ from ...processing.replies import merge
 from ..denoising import Denoising, Job, Step
 from ..sampling import Draws
 from ..writer import cut_at_end
+from .active_rows import ActiveRows
 
 if TYPE_CHECKING:
     from ...model.diffusion_gemma import DiffusionGemma
@@ -24,7 +25,8 @@ class Diffusion:
 
     def __init__(self, model: DiffusionGemma, options: Settings) -> None:
         self.model = model
-        self._run = Denoising(model, options, model.config.text.vocab_size)
+        denoising = ActiveRows if options.active_rows else Denoising
+        self._run: Denoising = denoising(model, options, model.config.text.vocab_size)
         self._replies: dict[Job, _Reply] = {}
 
     def add(self, writer: Writer) -> Iterator[Event]:
