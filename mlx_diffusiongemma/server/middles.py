@@ -62,8 +62,6 @@ async def fill_middle(
     """Queue the filling of a middle, which may run between two canvases of a chat; no tokens at all only read the
     prefix. slot: see `Job`. seconds: that it may take. Raises Refusal and PromptError.
     """
-    if options.decoder != "diffusion":
-        raise PromptError("A middle is filled on a canvas; leave out the decoder, or ask for diffusion.")
     if not (middle.prefix or middle.suffix):
         raise PromptError("There is no text to complete; send a prompt or a suffix.")
     prompt = await service.prompt(lambda processor: processor.raw_prompt(middle.prefix))

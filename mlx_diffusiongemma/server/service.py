@@ -53,9 +53,17 @@ class Service:
         leaves out what only causal decoders know. Raises PromptError.
         """
         given = {name: value for name, value in fields.items() if value is not None}
-        if given.get("decoder", self.options.decoder) == "diffusion":
-            given = {name: value for name, value in given.items() if name not in OF_CAUSAL_DECODERS}
-        return replace(self.options, **given)
+        options = self.options.with_decoder(given.pop("decoder", self.options.decoder))
+        unused = OF_CAUSAL_DECODERS if options.decoder == "diffusion" else ()
+        return replace(options, **{name: value for name, value in given.items() if name not in unused})
+
+    def canvas_options(self, fields: Mapping[str, Any]) -> GenerationOptions:
+        """The options of a request that only a canvas can answer, whatever decoder the server's replies have. Raises
+        PromptError where the request asks for another one.
+        """
+        if fields.get("decoder") not in (None, "diffusion"):
+            raise PromptError("This is filled in on a canvas; leave out `decoder`, or ask for diffusion.")
+        return self.request_options({**fields, "decoder": "diffusion"})
 
     async def prompt(self, make: Callable[[Processor], Prompt]) -> Prompt:
         """Make a prompt beside the event loop. Raises Refusal and PromptError."""

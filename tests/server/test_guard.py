@@ -1,11 +1,14 @@
 """Who may ask the server, from where, and how much: what web pages and strangers try."""
 
+from dataclasses import replace
+
 import httpx
 import pytest
 from servers import loader, running, user
 from starlette.datastructures import Headers
 from typer.testing import CliRunner
 
+from mlx_diffusiongemma import MODES
 from mlx_diffusiongemma.cli import app
 from mlx_diffusiongemma.server.guard import MOST_BODY_BYTES, Rules
 from mlx_diffusiongemma.server.refusals import Refusal
@@ -115,6 +118,18 @@ def test_strict_names(demo_float32):
         assert server.http.get("/v1/models/other").status_code == 404
         error = server.post(CHAT, messages=user("sort 21" * 30), model="demo").json()["error"]
         assert error["code"] == "context_length_exceeded" and error["n_ctx"] == 100
+
+
+def test_a_servers_decoder_and_mode_are_those_of_silent_requests(demo_float32):
+    options = MODES["fast"].with_decoder("autoregressive")
+    with running(loader(demo_float32), options=replace(options, max_tokens=3)) as server:
+        steps = [
+            server.post(CHAT, messages=user("sort 21"), **more).json()["timings"]["denoising_steps"] > 0
+            for more in ({}, {"decoder": "diffusion"}, {"decoder": "autoregressive", "temperature": 0})
+        ]
+        assert steps == [False, True, False]
+        assert server.post("/infill", input_prefix="a", input_suffix="c", n_predict=1).status_code == 200
+        assert server.post("/infill", input_prefix="a", decoder="speculative").status_code == 400
 
 
 def test_the_command_says_what_it_needs(tmp_path):

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import typer
 
 from ...errors import PromptError
-from ..chatting.decoding import NAMES, Decoding
+from ..chatting.decoding import Decoding, chosen_decoder
 from ..common import MaxTokens, Mode, Model, Yes, announced_model, chosen_mode, load_source, number, say, whole
 
 # What to type, or where to, for the page and for each client; every line with the server's address.
@@ -77,14 +77,12 @@ def serve(
 
     if host not in LOOPBACK and not api_key:
         raise typer.BadParameter(f"others can reach {host}: give a key that they need, with --api-key.")
-    if decoder not in NAMES:
-        raise typer.BadParameter(f"{decoder!r} is none of {', '.join(NAMES)}.", param_hint="'--decoder'")
     for origin in allow_origin or ():
         if not (urlsplit(origin).scheme and urlsplit(origin).netloc) or urlsplit(origin).path:
             raise typer.BadParameter(
                 f"{origin!r} is no site; name one such as https://example.org", param_hint="'--allow-origin'"
             )
-    options = replace(chosen_mode(mode), decoder=NAMES[decoder], max_tokens=max_tokens)
+    options = replace(chosen_mode(mode).with_decoder(chosen_decoder(decoder)), max_tokens=max_tokens)
     source = announced_model(model, yes=yes)
     _log_to_stderr(LOG)
     kept_bytes = None if keep is None else int(keep * 1e9)

@@ -120,7 +120,7 @@ async def _answer_middle(request: Request, service: Service, body: CompletionBod
     service.check_model(body.model)
     stops = stops_of(body.stop)
     wanted = Middle(*middle, tokens=body.max_tokens, stops=stops)
-    job = await fill_middle(service, wanted, service.request_options(body.sampling()), caller_of(request))
+    job = await fill_middle(service, wanted, service.canvas_options(body.sampling()), caller_of(request))
     head = _head(service)
     if body.stream:
         return EventStream(_filled(request, service, body, job, head))

@@ -56,7 +56,7 @@ def routes(service: Service) -> APIRouter:
         job = await fill_middle(
             service,
             middle,
-            service.request_options(body.sampling()),
+            service.canvas_options(body.sampling()),
             caller_of(request),
             slot=None if body.id_slot is None or tokens == 0 else str(body.id_slot),
             seconds=None if body.t_max_predict_ms is None else body.t_max_predict_ms / 1e3,

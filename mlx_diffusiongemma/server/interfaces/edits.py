@@ -110,7 +110,7 @@ def _content(messages: list[dict[str, Any]]) -> str:
 
 
 async def _edit(service: Service, body: EditBody, region: Region, caller: str) -> Job:
-    options = service.request_options({**body.sampling(), "decoder": "diffusion"})
+    options = service.canvas_options(body.sampling())
     asked = f"{region.instruction}\n\n{region.code}"
     prompt = await service.chat_prompt([{"role": "user", "content": asked}])
     options = service.checked(prompt, options)
