@@ -21,7 +21,7 @@ from .service import Service
 
 
 def make_app(service: Service, rules: Rules) -> ASGIApp:
-    """Make the application. It starts the engine with the first request it is ready for, and closes it at the end."""
+    """Make the application, which starts the engine when it starts, and closes it when it ends."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:

@@ -179,13 +179,17 @@ def test_what_went_wrong_inside_is_not_told(server, monkeypatch):
 
 def test_figures_are_told(server):
     def figures():
-        return dict(re.findall(r"^([a-z_]+(?:\{.*?\})?) (\S+)$", server.http.get("/metrics").text, re.MULTILINE))
+        return dict(re.findall(r"^([a-z_]+(?:\{.*\})?) (\S+)$", server.http.get("/metrics").text, re.MULTILINE))
 
     before = figures()
+    assert server.http.get('/v1/models/any"thing').status_code == 200
+    assert server.http.get("/made/up").status_code == 404
     usage = server.post(CHAT, messages=user("reverse abc")).json()["usage"]
     after = figures()
     gained = {name: float(after[name]) - float(before.get(name, 0)) for name in after}
     assert gained['mlx_dg_requests_total{path="/v1/chat/completions",status="200"}'] == 1
+    assert gained['mlx_dg_requests_total{path="/v1/models/{name:path}",status="200"}'] == 1
+    assert "made" not in "".join(after)
     assert gained["mlx_dg_prompt_tokens_total"] == usage["prompt_tokens"]
     assert gained["mlx_dg_generated_tokens_total"] == usage["completion_tokens"]
     assert float(after["mlx_dg_memory_bytes"]) > 0 and after["mlx_dg_queue"] == "0"

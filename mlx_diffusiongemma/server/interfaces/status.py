@@ -32,7 +32,7 @@ def routes(service: Service) -> APIRouter:
     async def health() -> Response:
         """Say whether requests are answered now."""
         try:
-            _ = service.engine.loaded
+            service.engine.check_open()
         except Refusal as refusal:
             error = {"code": refusal.status, "message": str(refusal), "type": "unavailable_error"}
             return JSONResponse({"error": error}, refusal.status, refusal.headers)

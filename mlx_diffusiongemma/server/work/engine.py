@@ -78,6 +78,10 @@ class Engine:
             raise Refusal("The model is still being loaded; try again in a few seconds.", 503, retry_after=5)
         return self._loaded
 
+    def check_open(self) -> None:
+        """Raises Refusal where nothing is answered yet, or any more."""
+        _ = self.loaded
+
     @property
     def gauges(self) -> dict[str, int]:
         """The figures of this moment, for `Metrics.text`."""
@@ -96,7 +100,7 @@ class Engine:
     def submit(self, job: Job) -> None:
         """Let a job wait for its turn. Raises Refusal where there is no room for it, or no model."""
         with self._changed:
-            _ = self.loaded
+            self.check_open()
             if replaced := self._queue.in_slot(job):
                 self._queue.remove(replaced)
                 replaced.hand_over(Over(Refusal("A newer completion has taken this one's place.", 409)))
@@ -136,7 +140,7 @@ class Engine:
             for job in self._running:
                 job.cancel.set()
             self._changed.notify()
-        self._preparing.shutdown(wait=False, cancel_futures=True)
+        self._preparing.shutdown(wait=False)
 
     def join(self) -> None:
         """Wait for the thread, once the engine is closed; a model that is still being loaded is not waited for."""
