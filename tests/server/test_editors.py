@@ -8,6 +8,7 @@ from mlx_diffusiongemma.server.interfaces.edits import read_region
 from mlx_diffusiongemma.server.middles import find_middle
 
 PARTS = ("abc", "hij")
+FEW = GenerationOptions(seed=3, max_steps=2)
 
 
 @pytest.mark.parametrize(
@@ -26,15 +27,23 @@ def test_markers_are_understood(marked):
 
 def test_zeds_completion_has_what_zed_reads(server):
     marked = f"<|fim_prefix|>{PARTS[0]}<|fim_suffix|>{PARTS[1]}<|fim_middle|>"
-    body = {"model": "any", "max_tokens": 4, "stop": ["<|endoftext|>"], "seed": 3}
+    body = {"model": "any", "max_tokens": 4, "stop": ["<|endoftext|>"], "seed": 3, "max_steps": 2}
     reply = server.post("/v1/completions", **body, prompt=marked).json()
     assert {"id", "object", "created", "model", "choices", "usage"} <= reply.keys()
-    own = infill(*server.engine.loaded[:2], [PARTS[0], Hole(4), PARTS[1]], seed=3)
+    own = infill(*server.engine.loaded[:2], [PARTS[0], Hole(4), PARTS[1]], options=FEW)
     assert reply["choices"][0]["text"] == own.holes[0]
 
 
 def test_a_middle_has_its_text_where_each_client_looks(server):
-    body = {"prompt": PARTS[0], "suffix": PARTS[1], "max_tokens": 4, "temperature": 0.2, "top_p": 1, "seed": 3}
+    body = {
+        "prompt": PARTS[0],
+        "suffix": PARTS[1],
+        "max_tokens": 4,
+        "temperature": 0.2,
+        "top_p": 1,
+        "seed": 3,
+        "max_steps": 2,
+    }
     whole = server.post("/v1/fim/completions", **body, stream=False).json()["choices"][0]
     assert whole["text"] == whole["message"]["content"] and whole["finish_reason"] == "stop"
     chunks = data_of(server.post("/v1/fim/completions", **body, stream=True))
@@ -44,7 +53,7 @@ def test_a_middle_has_its_text_where_each_client_looks(server):
 
 
 def test_continues_empty_suffix_is_no_text(server):
-    body = {"prompt": "abc", "max_tokens": 4, "stop": ["\n\n"], "seed": 3}
+    body = {"prompt": "abc", "max_tokens": 4, "stop": ["\n\n"], "seed": 3, "max_steps": 2}
     marked = server.post("/v1/fim/completions", **body, suffix="<|endoftext|>").json()
     assert marked["choices"] == server.post("/v1/fim/completions", **body).json()["choices"]
 
@@ -55,7 +64,8 @@ LLAMA_VIM = {
     "input_suffix": "\nthree",
     "input_extra": [{"text": "abc", "filename": "a.txt", "time": 1}],
     "prompt": "t",
-    "n_predict": 4,
+    "n_predict": 2,
+    "max_steps": 4,
     "stop": [],
     "n_indent": 0,
     "top_k": 40,
@@ -145,11 +155,10 @@ def test_mercurys_tags_mark_a_region():
 
 
 def test_the_next_edit_changes_the_region_alone(server):
-    reply = server.post("/v1/edit/completions", messages=user(MERCURY), seed=0, max_steps=4).json()
+    reply = server.post("/v1/edit/completions", messages=user(MERCURY), seed=3, max_steps=2).json()
     content = reply["choices"][0]["message"]["content"]
     region = read_region(MERCURY)
-    options = GenerationOptions(seed=0, max_steps=4)
-    own = edit(*server.engine.loaded[:2], region.text, region.span, region.instruction, options=options)
+    own = edit(*server.engine.loaded[:2], region.text, region.span, region.instruction, options=FEW)
     code = own.text.removeprefix("before\n").removesuffix("\nafter")
     assert reply["object"] == "edit.completion"
     assert content == ("None" if code == "cbx" else f"```\n{code}\n```")

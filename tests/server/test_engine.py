@@ -103,8 +103,8 @@ def test_a_full_queue_asks_for_patience_and_a_disconnect_makes_room(demo_float32
 
 
 def test_a_completion_runs_between_two_canvases_and_replaces_an_older_one(server):
-    long = {"messages": user("count from 17"), "max_tokens": 200, "confidence": 0, "max_steps": 12, "seed": 1}
-    infill = {"input_prefix": "ab", "input_suffix": "yz", "n_predict": 1, "id_slot": 0}
+    long = {"messages": user("count from 17"), "max_tokens": 120, "confidence": 0, "max_steps": 8, "seed": 1}
+    infill = {"input_prefix": "ab", "input_suffix": "yz", "n_predict": 1, "id_slot": 0, "max_steps": 2}
     ended = []
 
     def ask(name, path, body):
@@ -129,7 +129,7 @@ def test_many_requests_of_which_some_leave(server):
     """Every reply is the library's own for its seed; nothing is left of those that nobody waited for."""
     model, processor = server.engine.loaded[:2]
     draw = random.Random(5)
-    asked = [(draw.choice(("reverse abcd", "sort 4213", "json name=bob age=12")), seed) for seed in range(16)]
+    asked = [(draw.choice(("reverse abcd", "sort 4213", "json name=bob age=12")), seed) for seed in range(12)]
     own = {pair: generate(model, processor, pair[0], seed=pair[1]).text for pair in asked}
     server.post(CHAT, messages=user("sort 21"))
     threads = threading.active_count()

@@ -20,6 +20,7 @@ WEATHER = {
     "description": "Get weather",
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 }
+FEW = {"max_steps": 2}
 EVENT = TypeAdapter(ResponseStreamEvent)
 
 
@@ -177,11 +178,12 @@ def test_the_diffusion_decoder_has_no_use_for_a_temperature(server):
 
 
 def test_text_goes_on(client, server):
-    reply = client.completions.create(model="", prompt="abc", max_tokens=5, seed=0)
+    reply = client.completions.create(model="", prompt="abc", max_tokens=5, seed=0, extra_body=FEW)
     Completion.model_validate(reply.model_dump(), strict=True)
     model, processor = server.engine.loaded[:2]
-    assert reply.choices[0].text == generate(model, processor, processor.raw_prompt("abc"), max_tokens=5, seed=0).text
-    streamed = client.completions.create(model="", prompt="abc", max_tokens=5, seed=0, stream=True)
+    options = GenerationOptions(max_tokens=5, seed=0, **FEW)
+    assert reply.choices[0].text == generate(model, processor, processor.raw_prompt("abc"), options=options).text
+    streamed = client.completions.create(model="", prompt="abc", max_tokens=5, seed=0, stream=True, extra_body=FEW)
     assert "".join(chunk.choices[0].text for chunk in streamed) == reply.choices[0].text
 
 
