@@ -10,7 +10,7 @@ from mlx_diffusiongemma import GenerationOptions, Hole, infill, load
 model, processor = load(sys.argv[1])
 before, after = sys.argv[2:4]
 instruction = sys.argv[4] if len(sys.argv) > 4 else None
-result = infill(model, processor, [before, Hole(8), after], instruction, GenerationOptions(seed=0))
+result = infill(model, processor, [before, Hole(32), after], instruction, GenerationOptions(seed=0), alternatives=3)
 print(result)
-for attempt in result.attempts:
-    print(f"{attempt.lengths[0]} tokens: {attempt.surprise:.3f} nats of surprise", file=sys.stderr)
+for other in result.alternatives:
+    print(f"{other.holes[0]!r}: {other.log_likelihood:.3f} nats likely", file=sys.stderr)

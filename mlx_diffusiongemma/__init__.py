@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .filling.choosing import choose
     from .filling.editing import Edited, edit
     from .filling.forms import Choice, Digits, Form, Text, fill
-    from .filling.infilling import Hole, Infilled, infill
+    from .filling.infilling import Alternative, Hole, Infilled, infill
     from .filling.search import Attempt
     from .generation.asynchronous import agenerate, astream
     from .generation.batch import generate_batch
@@ -59,13 +59,14 @@ _HOMES = {
     "filling.choosing": ("choose",),
     "filling.editing": ("Edited", "edit"),
     "filling.forms": ("Choice", "Digits", "Form", "Text", "fill"),
-    "filling.infilling": ("Hole", "Infilled", "infill"),
+    "filling.infilling": ("Alternative", "Hole", "Infilled", "infill"),
     "filling.search": ("Attempt",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "MODES",
+    "Alternative",
     "Attempt",
     "BusyError",
     "Canvas",

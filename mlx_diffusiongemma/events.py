@@ -53,6 +53,7 @@ class Draft:
     `accepted` marks the positions whose sample goes into the next step's canvas; `entropy` is in nats per position,
     after the step's temperature. `step` counts from 1. `parts` are what the reply would gain, told apart as in
     `Commit`, and `text` is the visible part of it. `pieces` says what each token adds to them, of whatever kind.
+    `holes` are the first of `tokens` in each hole of a text and the one after its last, as it looks at this step.
     """
 
     canvas: int
@@ -64,6 +65,7 @@ class Draft:
     text: str
     parts: list[Part] = field(default_factory=list)
     pieces: list[str] = field(default_factory=list)
+    holes: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def mean_entropy(self) -> float:
@@ -142,12 +144,14 @@ class Done:
     """The last event of a request.
 
     note: a sentence for the user where the reply says nothing, and why. seed: the one that gives this reply again.
+    data: the value that the reply gives, where a JSON Schema was asked for and the reply is whole.
     """
 
     finish_reason: FinishReason
     stats: Stats
     note: str = ""
     seed: int | None = None
+    data: Any = None
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ Event = Prefill | Draft | Filled | Commit | Done
 class Result:
     """A whole reply. `print(result)` prints its text.
 
-    note, seed: see `Done`. index: in a batch, the place of its prompt.
+    note, seed, data: see `Done`. index: in a batch, the place of its prompt.
     """
 
     text: str
@@ -177,6 +181,7 @@ class Result:
     note: str = ""
     seed: int | None = None
     index: int = 0
+    data: Any = None
 
     def __str__(self) -> str:
         return self.text

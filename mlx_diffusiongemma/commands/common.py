@@ -93,6 +93,12 @@ Steps = Annotated[
     int | None,
     typer.Option("--steps", metavar="N", parser=whole(1), help="Most denoising steps per canvas [the checkpoint's]."),
 ]
+Milliseconds = Annotated[
+    float | None,
+    typer.Option(
+        "--milliseconds", metavar="N", parser=number(0, above=True), help="Keep the best so far after this time."
+    ),
+]
 MaxTokens = Annotated[
     int, typer.Option("--max-tokens", "-m", metavar="N", parser=whole(1), help="Most tokens to generate.")
 ]

@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
+from ..errors import PromptError
 from .common import (
     AsJson,
     Heat,
     LiveCanvas,
+    Milliseconds,
     Model,
     Seed,
     Steps,
@@ -29,13 +31,18 @@ def edit(
     file: Annotated[str, typer.Argument(metavar="FILE|-", help="A UTF-8 text file; - reads stdin.")],
     instruction: Annotated[str, typer.Argument(metavar="INSTRUCTION", help="What to do with the lines.")],
     lines: Annotated[
-        str,
-        typer.Option("--lines", metavar="FIRST:LAST", help="The lines to rewrite, from 1: 10:20, 10:, :20 or 10."),
-    ],
+        list[str] | None,
+        typer.Option(
+            "--lines",
+            metavar="FIRST:LAST",
+            help="Lines to rewrite, from 1: 10:20, 10: or 10; again for more [all].",
+        ),
+    ] = None,
     strength: Annotated[
         float,
-        typer.Option("--strength", metavar="X", parser=number(0, 1), help="0 keeps the lines, 1 starts from noise."),
+        typer.Option("--strength", metavar="X", parser=number(0, 1), help="0 keeps the lines, 1 holds on to none."),
     ] = 0.7,
+    milliseconds: Milliseconds = None,
     write: Annotated[
         bool, typer.Option("--write", help="Replace FILE as well; else only the diff is printed.")
     ] = False,
@@ -64,7 +71,9 @@ def edit(
     if write:
         check_replaceable(file)
     text = read_text(file)
-    span = line_span(text, lines)
+    spans = [line_span(text, own) for own in lines] if lines else None
+    if not text:
+        raise PromptError("The text is empty; there is nothing to edit.")
     options = GenerationOptions(max_steps=steps, seed=seed)
     loaded, processor = load_model(model, yes=yes)
     with watched(
@@ -77,7 +86,9 @@ def edit(
         title=instruction,
         passing=True,  # the answer is the diff
     ) as watch:
-        result = edit_text(loaded, processor, text, span, instruction, strength, options, on_event=watch)
+        result = edit_text(
+            loaded, processor, text, spans, instruction, strength, options, milliseconds=milliseconds, on_event=watch
+        )
     if not as_json:
         write_out(unified_diff(text, result.text, "stdin" if file == "-" else file.lstrip("/")))
     if write and result.text != text:

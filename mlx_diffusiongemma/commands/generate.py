@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import PromptError
-from .chatting.decoding import Decoding, MinP, RepetitionPenalty, Temp, TopK, TopP, make_options
+from .chatting.decoding import (
+    Decoding,
+    Grammar,
+    MinP,
+    RepetitionPenalty,
+    Schema,
+    Temp,
+    TopK,
+    TopP,
+    asked_form,
+    make_options,
+)
 from .chatting.tools import load_functions
 from .common import (
     AsJson,
@@ -80,6 +91,8 @@ def generate(
     top_k: TopK = None,
     min_p: MinP = None,
     repetition_penalty: RepetitionPenalty = None,
+    schema: Schema = None,
+    grammar: Grammar = None,
     stop: Stop = None,
     seed: Seed = None,
     live: LiveCanvas = None,
@@ -123,6 +136,7 @@ def generate(
     )
     if force and not trace:
         raise typer.BadParameter("--force is about the file of --trace, which is not given.")
+    form = asked_form(schema, grammar)
     functions = load_functions(tools) if tools else {}
     last = read(find("")) if go_on else None
     with ExitStack() as stack:
@@ -137,13 +151,13 @@ def generate(
             say(f"Going on with {last.name}: {shortened(last.title)}")
         if functions and not (trace or as_json):  # whoever reads events runs the tools
             turns = Turns(session, functions, live, heat)
-            if turns.take(lambda cancel: session.send(text, images, videos, cancel=cancel)):
+            if turns.take(lambda cancel: session.send(text, images, videos, **form, cancel=cancel)):
                 keeper.keep([*images, *videos])
             return
         events: Iterable[Event] = (
-            stream(loaded, processor, processor.raw_prompt(text), options=options)
+            stream(loaded, processor, processor.raw_prompt(text), options=options, **form)
             if raw
-            else session.send(text, images, videos)
+            else session.send(text, images, videos, **form)
         )
         if writer:
             events = writer.watch(events)

@@ -14,6 +14,7 @@ from .common import (
     AsJson,
     Heat,
     LiveCanvas,
+    Milliseconds,
     Model,
     Seed,
     Steps,
@@ -50,7 +51,17 @@ def infill(
         str | None,
         typer.Option("--instruction", metavar="TEXT", help="Ask for it in chat; else the text is continued as it is."),
     ] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Try only that many tokens, not fewer.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Fill each hole with that many tokens, not fewer.")] = False,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", metavar="TEXT", help="End a hole before this text; again for more.")
+    ] = None,
+    alternatives: Annotated[
+        int | None,
+        typer.Option(
+            "--alternatives", metavar="N", parser=whole(1, 8), help="Denoise N fillings; the others go to stderr."
+        ),
+    ] = None,
+    milliseconds: Milliseconds = None,
     write: Annotated[bool, typer.Option("--write", help="Replace FILE; else the text is printed.")] = False,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", metavar="FILE", help="Write the text to this file instead.")
@@ -87,7 +98,7 @@ def infill(
     if out:
         check_place(out, TEXT, force=force, inputs=inputs)
     text = read_text(file)
-    parts = _parts(text, MARK if hole is None else hole, lines, tokens)
+    parts = _parts(text, MARK if hole is None else hole, lines, Hole(tokens, stop=stop or []))
     holes = sum(isinstance(part, Hole) for part in parts)
     if exact and (tokens == 1 or (holes == 1 and isinstance(parts[-1], Hole))):
         why = "a hole of one token has one length" if tokens == 1 else "the model ends a hole at the text's end itself"
@@ -106,7 +117,17 @@ def infill(
         title=f"infill {'stdin' if file == '-' else file}",
         passing=not prints,
     ) as watch:
-        result = fill_holes(loaded, processor, parts, instruction, options, exact=exact, on_event=watch)
+        result = fill_holes(
+            loaded,
+            processor,
+            parts,
+            instruction,
+            options,
+            exact=exact,
+            alternatives=alternatives,
+            milliseconds=milliseconds,
+            on_event=watch,
+        )
     if write:
         replace_text(file, text, result.text)
     elif out:
@@ -115,17 +136,17 @@ def infill(
     elif not (prints or as_json):
         write_out(result.text)
     say_cost(result)
+    for rival in result.alternatives[1:] if alternatives else []:
+        typer.echo(f"Or, {rival.log_likelihood:.1f} nats likely: {' … '.join(rival.holes)}", err=True)
     if result.canvases > 1:
         say(f"The text took {result.canvases} canvases; a hole sees only what follows on its own.")
 
 
-def _parts(text: str, mark: str, lines: str | None, tokens: int) -> list[str | Hole]:
-    """The text with a Hole for every mark, or for the lines. Raises PromptError."""
-    from .. import Hole
-
+def _parts(text: str, mark: str, lines: str | None, hole: Hole) -> list[str | Hole]:
+    """The text with a hole for every mark, or for the lines. Raises PromptError."""
     if lines is not None:
         start, stop = line_span(text, lines, may_be_empty=True)
-        return [part for part in (text[:start], Hole(tokens), text[stop:]) if part != ""]
+        return [part for part in (text[:start], hole, text[stop:]) if part != ""]
     if not mark:
         raise PromptError("--hole is empty; give the text that marks a hole.")
     first, *others = text.split(mark)
@@ -133,5 +154,5 @@ def _parts(text: str, mark: str, lines: str | None, tokens: int) -> list[str | H
         raise PromptError(f"The text has no {mark!r}; put it where something is missing, or name another with --hole.")
     parts: list[str | Hole] = [first]
     for piece in others:
-        parts += [Hole(tokens), piece]
+        parts += [hole, piece]
     return [part for part in parts if part != ""]

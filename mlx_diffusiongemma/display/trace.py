@@ -189,7 +189,8 @@ def _event(content: dict[str, Any]) -> Event:
             return Commit(int(content["canvas"]), tokens, _parts(content["parts"]), int(content["steps"]), calls)
         case "done":
             stats = {field.name: content["stats"][field.name] for field in fields(Stats)}
-            return Done(content["finish_reason"], Stats(**stats), content.get("note", ""), content.get("seed"))
+            note, seed, data = content.get("note", ""), content.get("seed"), content.get("data")
+            return Done(content["finish_reason"], Stats(**stats), note, seed, data)
         case kind:
             raise ValueError(f"unknown kind of event {kind!r}")
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..generation.denoising import Denoiser, Job
     from ..model.cache import Cache, CacheRows
     from ..model.diffusion_gemma import DiffusionGemma
+    from .places import Watch
 
 Allowed = tuple[int, ...] | None  # ids that a position may take; None: any
 
@@ -69,28 +70,35 @@ class InParts:
 
 
 class Restricted:
-    """Reads the vocabulary where some positions may hold certain tokens only.
+    """Reads the vocabulary where some positions may hold certain tokens only, and for one who watches.
 
-    denoiser: computes all else as `model` does. allowed: for each canvas, what every position may hold. Argmax, sample,
-    entropy and soft embedding of a restricted position are those of the model's distribution over its allowed tokens.
-    Meant for short lists of ids: their logits are computed at every position.
+    denoiser: computes all else as `model` does. allowed: for each canvas, what every position may hold; canvases may
+    come while others are at work. Argmax, sample, entropy and soft embedding of a restricted position are those of the
+    model's distribution over its allowed tokens. Meant for short lists of ids: their logits are computed at every
+    position. watch: notes its own of each step.
     """
 
-    def __init__(self, model: DiffusionGemma, denoiser: Denoiser, allowed: Mapping[Job, Sequence[Allowed]]):
-        self.model, self.denoiser, self.allowed = model, denoiser, allowed
-        kinds = dict.fromkeys(ids for row in allowed.values() for ids in row if ids is not None)
-        self.kinds = [(ids, mx.array(ids)) for ids in kinds]
+    def __init__(
+        self,
+        model: DiffusionGemma,
+        denoiser: Denoiser,
+        allowed: Mapping[Job, Sequence[Allowed]],
+        watch: Watch | None = None,
+    ):
+        self.model, self.denoiser, self.allowed, self.watch = model, denoiser, allowed, watch
 
     def read(
         self, hidden: mx.array, temperature: float | mx.array, key: mx.array | None, jobs: Sequence[Job]
-    ) -> Reading:
+    ) -> tuple[Reading, mx.array | None]:
         """Read the vocabulary as `denoiser` does, then once more at the restricted positions."""
         reading = self.denoiser.read_vocabulary(hidden, temperature, key)
+        notes = None if self.watch is None else self.watch.note(reading, hidden, temperature, jobs)
         heat = mx.array(temperature).reshape(-1, 1, 1)
-        for ids, array in self.kinds:
-            where = mx.array([[own == ids for own in self.allowed[job]] for job in jobs])
-            reading = self._restrict(reading, hidden, heat, key, array, where)
-        return reading
+        rows = [self.allowed[job] for job in jobs]
+        for ids in dict.fromkeys(ids for row in rows for ids in row if ids is not None):
+            where = mx.array([[own == ids for own in row] for row in rows])
+            reading = self._restrict(reading, hidden, heat, key, mx.array(ids), where)
+        return reading, notes
 
     def _restrict(
         self,
@@ -109,8 +117,9 @@ class Restricted:
         tokens = mx.where(where, ids[logits.argmax(axis=-1)], reading.tokens)
         entropy = mx.where(where, -(probabilities * log_probabilities).sum(axis=-1), reading.entropy)
         if key is None or reading.sample is None or reading.soft_embedding is None:
-            return Reading(tokens, None, entropy, None)
+            return reading._replace(tokens=tokens, entropy=entropy)
         sample = mx.where(where, ids[vocabulary.sample_from(logits, key)], reading.sample)
         dtype = reading.soft_embedding.dtype
         soft = probabilities.astype(dtype) @ self.model.embed(ids).astype(dtype)
-        return Reading(tokens, sample, entropy, mx.where(where[..., None], soft, reading.soft_embedding))
+        soft = mx.where(where[..., None], soft, reading.soft_embedding)
+        return reading._replace(tokens=tokens, sample=sample, entropy=entropy, soft_embedding=soft)

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import difflib
-import math
-import random
+import itertools
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PromptError
 from ..events import Event, Result
-from ..generation.request import make_request, request_options
+from ..generation.request import canvas_options, make_request
 from ..options import GenerationOptions
-from .gaps import Filling, Gap, Segment, longest_gap, text_tokens
-from .infilling import reply_ending
+from .gaps import Anchor, Gap, Piece, Segment, Span, text_tokens
+from .infilling import check_milliseconds, reply_ending
 from .search import Attempt, GapFiller
 
 if TYPE_CHECKING:
     from ..model.cache import Cache
     from ..model.diffusion_gemma import DiffusionGemma
     from ..processing.processor import Processor
+
+Spans = tuple[int, int] | Sequence[tuple[int, int]]
+BORNE = 4.0  # nats that speak against a token of an anchor, and that it bears at a strength of a half
+ROOM = 32  # tokens that a span may gain, beside as many as it has
 
 
 @dataclass(frozen=True)
@@ -39,63 +44,58 @@ def edit(
     model: DiffusionGemma,
     processor: Processor,
     text: str,
-    span: tuple[int, int],
+    span: Spans | None,
     instruction: str | Sequence[dict[str, Any]],
     strength: float = 0.7,
     options: GenerationOptions | None = None,
     *,
     seed: int | None = None,
+    milliseconds: float | None = None,
     cache: Cache | None = None,
     cancel: threading.Event | None = None,
     on_event: Callable[[Event], object] | None = None,
 ) -> Edited:
     """Rewrite the characters `span[0]` to `span[1]` (the one after the last) of `text`; nothing else changes.
 
-    instruction: what to do. A string is one user turn, with the span below it; chat messages are sent as they are.
-    The text is the model's reply, pinned but for the span, which starts from its own tokens. strength: the share of
-    them that noise replaces, 0 (the text comes back as it is) to 1 (from noise). Besides the span's own length, some
-    shorter and longer ones are tried, as in `infill`. cache, cancel, on_event: as in `infill`. Raises PromptError and
+    span: one, or a list of several, in order and apart; None is the whole text, in which the model finds the places.
+    instruction: what to do. A string is one user turn, with the spans below it; chat messages are sent as they are.
+    The text is the model's reply, pinned but for the spans. Their lines (their words, where a span has one line) are
+    anchors: where the first steps want one too, there it stays as it is, wherever that is by then; what lies between is
+    written anew, and is as long as it needs to be. strength: how little it takes for an anchor to go, 0 (the text comes
+    back as it is) to 1 (there are none). milliseconds, cache, cancel, on_event: as in `infill`. Raises PromptError and
     BusyError.
     """
     if not isinstance(text, str):
         raise PromptError(f"What to edit is a text, not a {type(text).__name__}.")
-    is_pair = isinstance(span, Sequence) and len(span) == 2
-    if not is_pair or not all(isinstance(place, int) and not isinstance(place, bool) for place in span):
-        raise PromptError(
-            f"The span is {span!r}; give two whole numbers, the first character and the one after the last."
-        )
-    start, stop = span
-    if not 0 <= start < stop <= len(text):
-        raise PromptError(
-            f"The span {start}:{stop} does not lie in the text, which has {len(text)} characters; give a first one and "
-            "the one after the last."
-        )
+    spans = _checked(text, span)
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
         raise PromptError(f"strength is {strength!r}; give 0 (keep) to 1 (from noise).")
+    check_milliseconds(milliseconds)
     if strength == 0:
         return Edited(text)
-    settings = request_options(model, options, seed=seed)
-    own = text_tokens(processor, text[start:stop])
-    longest = longest_gap(settings.canvas_length)
-    if len(own) > longest:
-        raise PromptError(f"The span has {len(own)} tokens; at most {longest} can be edited at once.")
+    settings = canvas_options(model, options, seed)
     if isinstance(instruction, str):
-        instruction = f"{instruction}\n\n{text[start:stop]}"
-    gap = Gap(tuple(_started(own, length, strength, settings.seed) for length in _lengths(len(own), longest)))
-    segments: list[Segment] = [text_tokens(processor, text[:start]), gap, text_tokens(processor, text[stop:])]
+        instruction = "\n\n".join([instruction, *(text[start:stop] for start, stop in spans)])
+    segments: list[Segment] = []
+    pieces: list[Piece] = []
+    done = 0
+    for start, stop in spans:
+        own = _rewritten(processor, text[start:stop], strength)
+        segments += [text_tokens(processor, text[done:start]), *own]
+        pieces += [text[done:start], Span(partial(_written, processor, text[start:stop]), len(own))]
+        done = stop
+    segments.append(text_tokens(processor, text[done:]))
     request = make_request(model, processor, instruction, options=settings, cache=cache, cancel=cancel)
-
-    def written(tokens: list[int] | None) -> str:
-        return text[start:stop] if tokens is None else processor.draft_text(tokens)
-
     filler = GapFiller(
         model,
         processor,
         request,
         [segment for segment in segments if segment],
         reply_ending(processor, is_reply=True),
-        [text[:start], written, text[stop:]],
+        [*pieces, text[done:]],
         replies=True,
+        keeps_drafts=milliseconds is not None,
+        seconds=None if milliseconds is None else milliseconds / 1000,
         on_event=on_event,
     )
     stats = filler.run()
@@ -110,6 +110,49 @@ def edit(
     )
 
 
+def _checked(text: str, span: Spans | None) -> list[tuple[int, int]]:
+    """The spans, in order. Raises PromptError."""
+    if span is None:
+        span = (0, len(text))
+    is_one = isinstance(span, Sequence) and len(span) == 2 and not any(isinstance(each, Sequence) for each in span)
+    spans: Sequence[Any] = [span] if is_one or not isinstance(span, Sequence) else span
+    for each in spans:
+        is_pair = isinstance(each, Sequence) and not isinstance(each, str) and len(each) == 2
+        if not is_pair or not all(isinstance(place, int) and not isinstance(place, bool) for place in each):
+            raise PromptError(
+                f"The span is {each!r}; give two whole numbers, the first character and the one after the last."
+            )
+        if not 0 <= each[0] < each[1] <= len(text):
+            raise PromptError(
+                f"The span {each[0]}:{each[1]} does not lie in the text, which has {len(text)} characters; give the "
+                "first one and the one after the last."
+            )
+    if not spans or any(one[1] > other[0] for one, other in itertools.pairwise(spans)):
+        raise PromptError("Give one span or more, in order; none may begin before the last one ends.")
+    return [(start, stop) for start, stop in spans]
+
+
+def _rewritten(processor: Processor, text: str, strength: float) -> list[Segment]:
+    """Room for what becomes of a span, with its parts as anchors."""
+    parts = [text_tokens(processor, part) for part in _parts(text)]
+    own = sum(map(len, parts))
+    gap = Gap(0, 2 * own + ROOM)
+    segments: list[Segment] = [gap]
+    for part in parts if strength < 1 else []:
+        segments += [Anchor(tuple(part), bears=BORNE * (1 - strength) / strength), gap]
+    return segments
+
+
+def _parts(text: str) -> list[str]:
+    """The lines of a text, or the words of a line, each with the space behind it."""
+    lines = _lines(text)
+    return lines if len(lines) > 1 else re.findall(r"\S+\s*|\s+", text)
+
+
+def _written(processor: Processor, old: str, tokens: list[int] | None) -> str:
+    return old if tokens is None else processor.draft_text(tokens)
+
+
 def unified_diff(before: str, after: str, name: str = "text") -> str:
     """Compare two texts as `diff -u` prints it; "" where nothing changed. name: the file's."""
     diff = difflib.unified_diff(_lines(before), _lines(after), f"a/{name}", f"b/{name}")
@@ -120,17 +163,3 @@ def _lines(text: str) -> list[str]:
     """Lines with their ends. Only "\\n" ends one: `str.splitlines` knows more, and patches do not."""
     pieces = text.split("\n")
     return [piece + "\n" for piece in pieces[:-1]] + pieces[-1:] * bool(pieces[-1])
-
-
-def _lengths(own: int, longest: int) -> list[int]:
-    """Lengths of the new span to try: its own, and up to a quarter (at least three tokens) more or less."""
-    reach = max(math.ceil(own / 4), 3)
-    steps = sorted({round(reach * part / 3) for part in range(-3, 4)})
-    return sorted({min(max(own + step, 1), longest) for step in steps})
-
-
-def _started(own: list[int], length: int, strength: float, seed: int) -> Filling:
-    """The span's tokens, each gone (to become noise) with the probability `strength`; the same ones at any length."""
-    draw = random.Random(seed)
-    kept = [None if draw.random() < strength else token for token in own]
-    return Filling((*kept[:length], *[None] * (length - len(own))))

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from ..errors import PromptError
 from ..events import Event, Result
-from ..generation.request import make_request, request_options
+from ..generation.request import canvas_options, make_request
 from ..options import GenerationOptions
-from .gaps import Filling, Gap, Segment, lengths_up_to, most_tokens, text_tokens
+from .gaps import Gap, Segment, Span, most_tokens, text_tokens
 from .infilling import Instruction, reply_ending
-from .scoring import EMPTY_THOUGHT
+from .scoring import EMPTY_THOUGHT, log_probabilities, noise_canvases, probe
 from .search import Attempt, GapFiller
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def fill(
     """
     if not isinstance(template, str) or not isinstance(fields, Mapping):
         raise PromptError("A form takes a template, which is a text, and its fields by name: {name: field}.")
-    settings = request_options(model, options, seed=seed)
+    settings = canvas_options(model, options, seed)
     pieces = PLACE.split(template)  # text, name, text, …, text
     names = pieces[1::2]
     _check(names, fields)
@@ -99,7 +99,7 @@ def fill(
     ]
     ending = reply_ending(processor, instruction is not None)
     thought = processor.tokenizer.encode(EMPTY_THOUGHT, add_special_tokens=False)  # which may come first
-    needed = len(thought) + most_tokens(segments) + len(ending or ())
+    needed = len(thought) + most_tokens([*segments, Gap(0, len(ending or ()))])
     if needed > settings.canvas_length:
         raise PromptError(
             f"The template takes up to {needed} tokens; a canvas has {settings.canvas_length}, so fill it in parts."
@@ -112,7 +112,7 @@ def fill(
         request,
         segments,
         ending,
-        [partial(_read, processor, own=fields[piece]) if place % 2 else piece for place, piece in enumerate(pieces)],
+        [Span(partial(_read, processor, fields[piece])) if place % 2 else piece for place, piece in enumerate(pieces)],
         replies=instruction is not None,
         at_once=True,
         on_event=on_event,
@@ -123,7 +123,7 @@ def fill(
         return Form(
             filler.text, finish_reason=filler.finish_reason, stats=stats, seed=settings.seed, attempts=filler.attempts
         )
-    values = {name: _read(processor, tokens, fields[name]) for name, tokens in zip(names, filler.filled, strict=True)}
+    values = {name: _read(processor, fields[name], tokens) for name, tokens in zip(names, filler.filled, strict=True)}
     return Form(
         text=filler.text,
         tokens=filler.tokens,
@@ -172,24 +172,21 @@ def _check(names: list[str], fields: Mapping[str, Field]) -> None:
 def _gap(processor: Processor, name: str, own: Field) -> Gap:
     match own:
         case Choice(options):
-            return Gap(tuple(Filling(tuple(text_tokens(processor, option)), pinned=True) for option in options))
+            return Gap.of([text_tokens(processor, option) for option in options])
         case Text(tokens):
-            return Gap(tuple(Filling((None,) * length) for length in lengths_up_to(tokens)))
+            return Gap(1, tokens)
         case Digits(most, least):
             spelled = [text_tokens(processor, digit) for digit in "0123456789"]
             if any(len(tokens) != 1 for tokens in spelled):
                 raise PromptError(f"The field {name!r}: this checkpoint's tokenizer has no token for each digit.")
             digits = tuple(tokens[0] for tokens in spelled)
-            return Gap(tuple(_number(digits, length) for length in range(least, most + 1)))
+            return Gap(least, most, digits=digits)
 
 
-def _number(digits: tuple[int, ...], length: int) -> Filling:
-    first = digits if length == 1 else digits[1:]
-    return Filling((None,) * length, allowed=(first, *[digits] * (length - 1)))
-
-
-def _read(processor: Processor, tokens: list[int], own: Field) -> str:
+def _read(processor: Processor, own: Field, tokens: list[int] | None) -> str:
     """Read what a field holds."""
+    if tokens is None:
+        return ""
     text = processor.draft_text(tokens)
     if not isinstance(own, Text):
         return text
@@ -199,9 +196,14 @@ def _read(processor: Processor, tokens: list[int], own: Field) -> str:
 
 def _confidence(filler: GapFiller, names: list[str]) -> dict[str, float]:
     """Tell how sure the model is of each field, see `Form`. Raises Cancelled."""
-    canvas = filler.canvas
-    tokens = tuple(canvas.tokens)
-    probes = [[filler.probe(tokens, place, {place}) for place in range(start, stop)] for start, stop in canvas.gaps]
-    values = iter(filler.log_probabilities([probe for own in probes for probe in own]))
+    assert filler.best is not None  # nothing is filled without a canvas
+    canvas, seed = filler.best.tokens, filler.options.seed
+    [noise] = noise_canvases(seed, 1, len(canvas), filler.vocabulary)
+    probes = [
+        [probe(canvas, place, {place}, noise) for place in range(start, stop)]
+        for start, stop in filler.best.layout.gaps
+    ]
+    asked = [each for own in probes for each in own]
+    values = iter(log_probabilities(filler.model, filler.cache, asked, filler.is_over))
     means = [sum(next(values) for _ in own) / len(own) for own in probes]
     return {name: math.exp(mean) for name, mean in zip(names, means, strict=True)}

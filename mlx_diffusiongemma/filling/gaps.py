@@ -1,100 +1,110 @@
-"""A text with gaps in tokens, and how it lies on a canvas."""
+"""A text in tokens: what stands there, the gaps in it, and what may stay or go."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ..errors import PromptError
-from ..generation.canvas import Canvas
 from .denoisers import Allowed
 
 if TYPE_CHECKING:
     from ..processing.processor import Processor
 
-LENGTHS = 8  # of one gap, tried together
-
-
-@dataclass(frozen=True)
-class Filling:
-    """A way to begin a gap: a token per position, None for noise. pinned: it stays as it is. allowed: what each
-    position may take; empty where anything.
-    """
-
-    tokens: tuple[int | None, ...]
-    pinned: bool = False
-    allowed: tuple[Allowed, ...] = ()
-
 
 @dataclass(frozen=True)
 class Gap:
-    """Room in a text, and the fillings to try."""
+    """Room in a text for `least` to `most` tokens.
 
-    fillings: tuple[Filling, ...]
-
-    @property
-    def longest(self) -> int:
-        return max(len(filling.tokens) for filling in self.fillings)
-
-
-Segment = list[int] | Gap
-# Of a text: as it stands, or what the tokens of a gap read as, and what stands there while it is open (None).
-Piece = str | Callable[[list[int] | None], str]
-
-
-class GappedCanvas(NamedTuple):
-    """A canvas on which text and gaps lie.
-
-    gaps: the first position of each and the one after its last. fixed: those gaps whose filling is pinned. end: after
-    the last token of the text and the first one of its ending; the rest is no part of it.
+    draft: what to start from instead of noise. stop: texts that end it. options: the only ways to fill it, if there are
+    any; `least` and `most` are theirs. digits: the ids of 0 to 9 where it is a number without leading zeros.
     """
 
-    canvas: Canvas
-    allowed: tuple[Allowed, ...]
-    gaps: tuple[tuple[int, int], ...]
-    fixed: tuple[bool, ...]
-    end: int
+    least: int
+    most: int
+    draft: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    options: tuple[tuple[int, ...], ...] = ()
+    digits: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, options: Sequence[Sequence[int]]) -> Gap:
+        """A gap for one of `options`."""
+        lengths = [len(option) for option in options]
+        return cls(min(lengths), max(lengths), options=tuple(map(tuple, options)))
 
     @property
-    def lengths(self) -> tuple[int, ...]:
-        return tuple(stop - start for start, stop in self.gaps)
+    def is_settled(self) -> bool:
+        """Whether its length is known from the start."""
+        return self.least == self.most and len(self.options) < 2
 
-    @property
-    def tokens(self) -> list[int]:
-        """The tokens of a canvas that is filled: one at every position."""
-        return [token for token in self.canvas.tokens if token is not None]
+    def within(self, most: int) -> Gap:
+        """The same gap with so many tokens at most."""
+        options = tuple(option for option in self.options if len(option) <= most)
+        return replace(self, most=min(self.most, most), options=options)
 
-    def filled(self, tokens: Sequence[int]) -> GappedCanvas:
-        """The same canvas after denoising."""
-        return self._replace(canvas=Canvas(tokens, self.canvas.pinned))
-
-
-def longest_gap(canvas_length: int) -> int:
-    """The most tokens that a gap may have: three quarters of a canvas, so that some of what follows lies beside it."""
-    return canvas_length * 3 // 4
+    def allowed(self, length: int) -> list[Allowed]:
+        """List what each position may hold where it has so many tokens."""
+        if not self.digits:
+            return [None] * length
+        first: Allowed = self.digits if length == 1 else self.digits[1:]
+        return [first, *[self.digits] * (length - 1)][:length]
 
 
-def most_tokens(segments: Sequence[Segment]) -> int:
-    """The tokens of `segments` with the longest filling in every gap."""
-    return sum(segment.longest if isinstance(segment, Gap) else len(segment) for segment in segments)
+@dataclass(frozen=True)
+class Anchor:
+    """Text that may stay or go: it is kept where the model would write it too, wherever that is.
+
+    bears: the nats by which another token may be likelier than one of its own.
+    """
+
+    tokens: tuple[int, ...]
+    bears: float
+
+
+Segment = list[int] | Anchor | Gap
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a text that stands for so many of its gaps and anchors: `read` says what their tokens, joined, read as,
+    and what stands there while one of them is open (None).
+    """
+
+    read: Callable[[list[int] | None], str]
+    count: int = 1
+
+
+Piece = str | Span  # of a text
+
+
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the strings that end it."""
+    places = [place for each in stop if (place := text.find(each)) >= 0]
+    return text[: min(places, default=len(text))]
 
 
 def given_tokens(segments: Sequence[Segment]) -> list[int]:
-    """The tokens of `segments`, without those that the gaps will have."""
-    return [token for segment in segments if not isinstance(segment, Gap) for token in segment]
+    return [token for segment in segments if isinstance(segment, list) for token in segment]
 
 
-def least_room(segments: Sequence[Segment]) -> int:
-    """The tokens that the gaps among `segments` take at least."""
-    return sum(min(len(own.tokens) for own in gap.fillings) for gap in segments if isinstance(gap, Gap))
+def most_tokens(segments: Sequence[Segment]) -> int:
+    """The tokens of `segments` up to the last gap, with as many in every gap as it takes. Those between anchors have
+    the first one's room.
+    """
+    last = max((index for index, segment in enumerate(segments) if isinstance(segment, Gap)), default=-1)
+    total = 0
+    for before, segment in zip([None, *segments], segments[: last + 1], strict=False):
+        if not isinstance(segment, Gap):
+            total += len(tokens_of(segment))
+        elif not isinstance(before, Anchor):
+            total += segment.most
+    return total
 
 
-def lengths_up_to(most: int) -> list[int]:
-    """Choose at most LENGTHS lengths from short to `most`, evenly apart."""
-    count = min(most, LENGTHS)
-    return [math.ceil(most * part / count) for part in range(1, count + 1)]
+def tokens_of(segment: list[int] | Anchor) -> Sequence[int]:
+    return segment if isinstance(segment, list) else segment.tokens
 
 
 def text_tokens(processor: Processor, text: str) -> list[int]:
@@ -108,34 +118,3 @@ def text_tokens(processor: Processor, text: str) -> list[int]:
         raise PromptError(f"The text is not valid Unicode ({error.reason}); check where it comes from.") from None
     ids: list[int] = processor.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     return ids
-
-
-def lay_out(
-    window: Sequence[Segment], choices: Sequence[int], length: int, ending: Sequence[int] | None
-) -> GappedCanvas:
-    """Lay `window` on a canvas of `length`, with the chosen filling in each gap and all else pinned.
-
-    ending: what follows the text where it ends on this canvas; its last token fills the rest. None: the rest is free.
-    """
-    tokens: list[int | None] = []
-    pinned: list[bool] = []
-    allowed: list[Allowed] = []
-    gaps: list[tuple[int, int]] = []
-    fixed: list[bool] = []
-    rest = iter(choices)
-    for segment in window:
-        filling = segment.fillings[next(rest)] if isinstance(segment, Gap) else Filling(tuple(segment), pinned=True)
-        if isinstance(segment, Gap):
-            gaps.append((len(tokens), len(tokens) + len(filling.tokens)))
-            fixed.append(filling.pinned)
-        tokens += filling.tokens
-        pinned += [filling.pinned] * len(filling.tokens)
-        allowed += filling.allowed or [None] * len(filling.tokens)
-    end = min(len(tokens) + (ending is not None), length)
-    if ending is not None:
-        tokens += [*ending, *[ending[-1]] * length]
-    tokens, pinned, allowed = tokens[:length], pinned[:length], allowed[:length]
-    tokens += [None] * (length - len(tokens))
-    pinned += [ending is not None] * (length - len(pinned))
-    allowed += [None] * (length - len(allowed))
-    return GappedCanvas(Canvas(tokens, pinned), tuple(allowed), tuple(gaps), tuple(fixed), end)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PromptError
 from ..events import Event, Result
-from ..generation.request import make_request, request_options
+from ..generation.request import canvas_options, make_request
 from ..options import GenerationOptions
-from .gaps import Filling, Gap, Segment, lengths_up_to, longest_gap, text_tokens
+from .gaps import Gap, Segment, Span, before_stop, most_tokens, text_tokens
 from .search import Attempt, GapFiller
 
 if TYPE_CHECKING:
@@ -20,30 +22,48 @@ if TYPE_CHECKING:
     from ..processing.processor import Processor
 
 Instruction = str | Sequence[dict[str, Any]]
+MOST_ALTERNATIVES = 8
 END_OF_TURN, END_OF_TEXT = "<turn|>", "<eos>"
 
 
 @dataclass(frozen=True)
 class Hole:
-    """Room for 1 to `tokens` tokens, at most three quarters of a canvas.
+    """Room for 1 to `tokens` tokens: a hole finds its own length.
 
-    draft: what to start from instead of noise; cut where the length tried is shorter, followed by noise where longer.
+    draft: what to start from instead of noise. stop: texts that end it, and are no part of it.
     """
 
     tokens: int
     draft: str | None = None
+    stop: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """One way to fill the holes: the whole text, what fills each hole, and the log likelihood in nats of that and what
+    follows, by which alternatives compare.
+    """
+
+    text: str
+    holes: list[str]
+    log_likelihood: float
 
 
 @dataclass(frozen=True)
 class Infilled(Result):
-    """A text whose holes are filled: `text` is all of it; outside the holes it is what was given, byte for byte. Holes
-    that were not filled (`finish_reason` cancelled or length) are empty in it, and not among `holes`.
+    """A text whose holes are filled: `text` is all of it; outside the holes it is what was given, byte for byte. Where
+    it ended early (`finish_reason` cancelled or length) holes hold the last draft; those that had none are empty, and
+    not among `holes`.
 
-    holes: what filled each hole. attempts: the lengths tried and their scores. canvases: how many it took; more than
-    one where the parts did not fit one together, and then a hole saw only what follows it on its own canvas.
+    holes: what filled each hole. confidence: 0 to 1 for each, the lower the more undecided its tokens were at the last
+    step. alternatives: the ways that were denoised, the likeliest first, where there were several; of a text on more
+    than one canvas they differ in what the last one holds. attempts: their lengths and scores. canvases: how many it
+    took; more than one where the parts did not fit one together, and then a hole saw only what follows it on its own.
     """
 
     holes: list[str] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    alternatives: list[Alternative] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
     canvases: int = 1
 
@@ -56,6 +76,8 @@ def infill(
     options: GenerationOptions | None = None,
     *,
     exact: bool = False,
+    alternatives: int | None = None,
+    milliseconds: float | None = None,
     seed: int | None = None,
     cache: Cache | None = None,
     cancel: threading.Event | None = None,
@@ -66,46 +88,98 @@ def infill(
     Without an instruction the text before the first hole is read as a document and continued. With one (a user turn,
     or chat messages) the model reads it as its chat, and the parts are its reply, from the first on. Text stays
     pinned: what follows a hole lies on its canvas as far as it fits, and so does what comes before the hole on the
-    same canvas of the reply; everything earlier is read as the prefix.
+    same canvas of the reply; everything earlier is read as the prefix. Of text before the holes that is longer than
+    the context, the nearest lines are read.
 
-    A hole's true length is unknown: up to 8 lengths, evenly spaced up to its own, are denoised together, and the one is
-    kept that leaves the model the least surprised at hole and text; `exact` tries only the hole's own. Up to 32
-    combinations of several holes' lengths are all tried; where there are more, one hole after the other is varied
-    while the others keep their best so far. A hole at the end needs no such search: the model ends it itself.
+    How long a hole is, is read off the first steps, which leave what follows it open: they say where it fits. There it
+    is pinned, for all holes of a canvas together, and the canvas goes on from where it is. A hole that does not end on
+    a canvas goes on on the next, as a reply does. Up to three ways that the steps cannot tell apart are denoised to
+    the end, and the likeliest is kept. `exact` gives each hole as many tokens as it has room for.
 
-    cache: from `model.make_cache()`, kept from one call to the next: of what precedes the holes, only what is new is
-    encoded. Setting `cancel` from any thread stops within one step. `max_tokens` bounds the holes together: those that
-    it leaves no room for stay empty (`finish_reason` "length"). on_event: is told how it goes, see `GapFiller`.
-    Raises PromptError and BusyError.
+    alternatives: denoise so many ways, 1 to 8, whether they can be told apart or not. milliseconds: the best so far is
+    kept after them (`finish_reason` "length"), within a step. cache: from `model.make_cache()`, kept from one call to
+    the next: of what precedes the holes, only what is new is encoded. Setting `cancel` from any thread stops within one
+    step. `max_tokens` bounds the holes together: those that it leaves no room for stay empty (`finish_reason`
+    "length"). on_event: is told how it goes, see `GapFiller`. Raises PromptError and BusyError.
     """
-    settings = request_options(model, options, seed=seed)
-    parts = _checked(parts, longest_gap(settings.canvas_length))
-    last = len(parts) - 1
-    segments = [_segment(processor, part, exact or place == last) for place, part in enumerate(parts)]
-    if instruction is None:
-        lead = parts[0] if isinstance(parts[0], str) else ""
-        prompt = processor.raw_prompt("")
-        prompt = processor.prompt([*prompt.tokens, *text_tokens(processor, lead)])
-        segments = segments[1:] if isinstance(parts[0], str) else segments
-    else:
-        prompt = processor.prompt(instruction)
+    settings = canvas_options(model, options, seed)
+    parts = _checked(parts)
+    _check_budget(alternatives, milliseconds)
+    segments = [_segment(processor, part, exact) for part in parts]
+    prompt = processor.raw_prompt("") if instruction is None else processor.prompt(instruction)
+    if isinstance(parts[0], str):
+        room = model.config.text.max_position_embeddings - 2 * settings.canvas_length - len(prompt.tokens)
+        lead = _nearest_lines(processor, parts[0], room - most_tokens(segments[1:]))
+        if instruction is None:
+            prompt = processor.prompt([*prompt.tokens, *lead])
+        segments[:1] = [] if instruction is None else [lead]
     ending = None if isinstance(parts[-1], Hole) else reply_ending(processor, instruction is not None)
     request = make_request(model, processor, prompt, options=settings, cache=cache, cancel=cancel)
-    pieces = [(lambda tokens: processor.draft_text(tokens or [])) if isinstance(part, Hole) else part for part in parts]
-    is_reply = instruction is not None
-    filler = GapFiller(model, processor, request, segments, ending, pieces, replies=is_reply, on_event=on_event)
+    filler = GapFiller(
+        model,
+        processor,
+        request,
+        segments,
+        ending,
+        [Span(partial(_hole_text, processor, part)) if isinstance(part, Hole) else part for part in parts],
+        replies=instruction is not None,
+        tries=alternatives,
+        seconds=None if milliseconds is None else milliseconds / 1000,
+        on_event=on_event,
+    )
     stats = filler.run()
-    holes = [processor.draft_text(tokens) for tokens in filler.filled]
+    holes = [part for part in parts if isinstance(part, Hole)]
     return Infilled(
         text=filler.text,
         tokens=filler.tokens,
         finish_reason=filler.finish_reason,
         stats=stats,
         seed=settings.seed,
-        holes=holes,
+        holes=_texts(processor, holes, filler.filled),
+        confidence=[math.exp(-sum(own) / max(len(own), 1)) for own in filler.entropies],
+        alternatives=[
+            Alternative(filler.text_with(last), _texts(processor, holes, filler.filled_with(last)), -surprise)
+            for last, surprise in filler.rivals
+        ],
         attempts=filler.attempts,
         canvases=len(filler.steps),
     )
+
+
+def _hole_text(processor: Processor, hole: Hole, tokens: list[int] | None) -> str:
+    return before_stop(processor.draft_text(tokens or []), hole.stop)
+
+
+def _texts(processor: Processor, holes: Sequence[Hole], filled: Sequence[list[int]]) -> list[str]:
+    return [_hole_text(processor, hole, tokens) for hole, tokens in zip(holes, filled, strict=False)]
+
+
+def _nearest_lines(processor: Processor, text: str, room: int) -> list[int]:
+    """The tokens of a text; of one that has more than `room`, those of its last lines. Cut there is in large steps, so
+    that a text which grows begins with the same line for long, and its prefix stays encoded.
+    """
+    tokens = text_tokens(processor, text)
+    if len(tokens) <= room or room < 4:
+        return tokens
+    lines = [text_tokens(processor, line) for line in text.splitlines(keepends=True)]
+    surplus = -(-(len(tokens) - room) // (room // 4)) * (room // 4)
+    while len(lines) > 1 and surplus > 0:
+        surplus -= len(lines.pop(0))
+    return [token for line in lines for token in line]
+
+
+def _check_budget(alternatives: int | None, milliseconds: float | None) -> None:
+    """Raises PromptError."""
+    if alternatives is not None and (not isinstance(alternatives, int) or not 1 <= alternatives <= MOST_ALTERNATIVES):
+        raise PromptError(f"alternatives is {alternatives!r}; give 1 to {MOST_ALTERNATIVES}.")
+    check_milliseconds(milliseconds)
+
+
+def check_milliseconds(milliseconds: float | None) -> None:
+    """Raises PromptError where it is no time."""
+    is_number = isinstance(milliseconds, int | float) and not isinstance(milliseconds, bool)
+    if milliseconds is not None and not (is_number and milliseconds > 0):
+        raise PromptError(f"milliseconds is {milliseconds!r}; give a number above 0.")
 
 
 def reply_ending(processor: Processor, is_reply: bool) -> list[int] | None:
@@ -119,7 +193,7 @@ def reply_ending(processor: Processor, is_reply: bool) -> list[int] | None:
     return [token for token in ids if token is not None] or None
 
 
-def _checked(parts: Sequence[str | Hole], longest: int) -> list[str | Hole]:
+def _checked(parts: Sequence[str | Hole]) -> list[str | Hole]:
     is_list = isinstance(parts, Sequence) and not isinstance(parts, str)
     if not is_list or not all(isinstance(part, str | Hole) for part in parts):
         raise PromptError("`parts` is a list of texts and Holes.")
@@ -127,16 +201,18 @@ def _checked(parts: Sequence[str | Hole], longest: int) -> list[str | Hole]:
     if not holes:
         raise PromptError("There is no hole to fill; put a Hole among the parts.")
     for hole in holes:
-        if isinstance(hole.tokens, bool) or not isinstance(hole.tokens, int) or not 1 <= hole.tokens <= longest:
-            raise PromptError(f"A hole takes 1 to {longest} tokens, not {hole.tokens!r}.")
+        if isinstance(hole.tokens, bool) or not isinstance(hole.tokens, int) or hole.tokens < 1:
+            raise PromptError(f"A hole takes at least 1 token, not {hole.tokens!r}.")
         if not isinstance(hole.draft, str | None):
             raise PromptError(f"A hole's draft is a text, not {hole.draft!r}.")
+        is_list = isinstance(hole.stop, Sequence) and not isinstance(hole.stop, str)
+        if not is_list or not all(isinstance(stop, str) and stop for stop in hole.stop):
+            raise PromptError(f"What stops a hole is a list of texts, not {hole.stop!r}.")
     return [part for part in parts if part != ""]
 
 
-def _segment(processor: Processor, part: str | Hole, one_length: bool) -> Segment:
+def _segment(processor: Processor, part: str | Hole, exact: bool) -> Segment:
     if isinstance(part, str):
         return text_tokens(processor, part)
     draft = text_tokens(processor, part.draft or "")
-    lengths = [part.tokens] if one_length else lengths_up_to(part.tokens)
-    return Gap(tuple(Filling((*draft[:length], *[None] * (length - len(draft)))) for length in lengths))
+    return Gap(part.tokens if exact else 1, part.tokens, draft=tuple(draft), stop=tuple(part.stop))

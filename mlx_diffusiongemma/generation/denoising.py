@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -40,7 +40,7 @@ class Job:
 
 class Step(NamedTuple):
     """One canvas as a step, counted from 1, leaves it: its argmax tokens, which positions are accepted, their entropies
-    in nats, and whether the canvas is done.
+    in nats, and whether the canvas is done. notes [K]: what a reader noted, float32.
     """
 
     job: Job
@@ -49,14 +49,17 @@ class Step(NamedTuple):
     accepted: list[bool]
     entropy: list[float]
     finished: bool
+    notes: np.ndarray
 
 
 class Reader(Protocol):
-    """Reads the vocabulary for the loop in the model's place, where not every position may hold every token."""
+    """Reads the vocabulary for the loop in the model's place: where not every position may hold every token, or where
+    more is asked of a step. What it notes of every row, [B, K] float32, comes with the step's report.
+    """
 
     def read(
         self, hidden: mx.array, temperature: float | mx.array, key: mx.array | None, jobs: Sequence[Job]
-    ) -> Reading: ...
+    ) -> tuple[Reading, mx.array | None]: ...
 
 
 class Denoising:
@@ -92,6 +95,18 @@ class Denoising:
             self._pending = self._pending.rows(staying) if staying else None
         for job in leaving:
             job.cache.release()
+
+    def replace(self, job: Job, others: Sequence[Job]) -> None:
+        """Let others of the same length go on in a canvas's place, each from what has become of it.
+
+        Only what their canvases name is different from then on: those tokens are written, and stay where pinned. The
+        step under way, if any, is still of the canvas that leaves, but finishes none of the others.
+        """
+        if job in self._joining:
+            at = self._joining.index(job)
+            self._joining[at : at + 1] = others
+        elif self._pending:
+            self._pending = self._pending.replaced(job, others, self.model.embed)
 
     def steps(self) -> Generator[list[Step], None, None]:
         """Run until every canvas is done; closing the iterator drops those that are left."""
@@ -141,7 +156,7 @@ class Denoising:
         start = self._noise(jobs, [0] * rows, length)
         canvases = [job.canvas for job in jobs]
         if any(token is not None for canvas in canvases for token in canvas.tokens):
-            given = mx.array([[-1 if token is None else token for token in canvas.tokens] for canvas in canvases])
+            given = _given(jobs)
             start = mx.where(given < 0, start, given)
         pinned = mx.array([canvas.pinned for canvas in canvases]) if any(any(c.pinned) for c in canvases) else None
         no_tokens, no_steps = mx.full((rows, length), -1, mx.int32), mx.zeros((rows,), mx.int32)
@@ -159,7 +174,8 @@ class Denoising:
         temperature = heat[0] if len(set(heat)) == 1 else mx.array(heat)
         goes_on = min(numbers) < options.max_steps
         keys = sampling.draw_keys([job.draws for job in jobs], numbers, sampling.SAMPLE) if goes_on else None
-        tokens, sample, entropy, soft, _ = self._read(state, cache, temperature, keys)
+        reading, notes = self._read(state, cache, temperature, keys)
+        tokens, sample, entropy, soft, _ = reading
         pinned, start = state.pinned, state.start
         if pinned is not None:
             tokens = mx.where(pinned, start, tokens)
@@ -176,15 +192,15 @@ class Denoising:
             soft = mx.where(pinned[..., None], self.model.embed(start), soft)
         after = State(jobs, numbers, canvas, tokens, unchanged, start, soft, pinned, sample, entropy)
         after, flags = self._planned(state, after, accepted, mean, finished)
-        return Pending(_packed(tokens, accepted, entropy, flags), after, cache)
+        return Pending(_packed(tokens, accepted, entropy, flags, notes), after, cache)
 
     def _read(
         self, state: State, cache: Cache | CacheRows, temperature: float | mx.array, keys: mx.array | None
-    ) -> Reading:
-        """What the model says of every position of the canvases."""
+    ) -> tuple[Reading, mx.array | None]:
+        """What the model says of every position of the canvases, and a reader's notes."""
         hidden = self.model.denoise(state.canvas, cache, state.soft_embedding)
         if self.reader is None:
-            return self.model.read_vocabulary(hidden, temperature, keys)
+            return self.model.read_vocabulary(hidden, temperature, keys), None
         return self.reader.read(hidden, temperature, keys, state.jobs)
 
     def _planned(
@@ -249,6 +265,28 @@ class State(NamedTuple):
         lists = [self.jobs[row] for row in rows], [self.numbers[row] for row in rows]
         return [State._make([*lists, *(None if array is None else array[index] for array in self[2:])])]
 
+    def rewritten(
+        self, index: list[int], jobs: list[Job], own: mx.array, embed: Callable[[mx.array], mx.array]
+    ) -> State:
+        """The state of these rows, some more than once, as that of other jobs: what their canvases name is written in
+        the rows that are their `own` [B, 1], and what they pin is pinned and believed.
+        """
+        rows = mx.array(index)
+        given = _given(jobs)
+        named, pinned = own & (given >= 0), mx.array([job.canvas.pinned for job in jobs])
+        start = mx.where(named, given, self.start[rows])
+        soft = self.soft_embedding
+        return State(
+            jobs,
+            [self.numbers[number] for number in index],
+            mx.where(named, given, self.canvas[rows]),
+            mx.where(named, given, self.tokens[rows].astype(given.dtype)),
+            self.unchanged[rows],
+            start,
+            None if soft is None else mx.where((own & pinned)[..., None], embed(start), soft[rows]),
+            pinned,
+        )
+
     def joined(self, other: State) -> State:
         """These rows and then the others. What only one side has is zero for the other: nothing believed or pinned."""
         arrays = (
@@ -259,7 +297,7 @@ class State(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """A step under way. `report` [B, 3 L + flags] holds all that is read back, so that one read blocks, once."""
+    """A step under way. `report` [B, 3 L + flags + notes] holds all that is read back, so that one read blocks."""
 
     report: mx.array
     after: State
@@ -271,17 +309,35 @@ class Pending(NamedTuple):
 
     def shown(self, report: np.ndarray, max_steps: int) -> list[Step]:
         """Say what the report, read back, shows. The last step that a canvas may take finishes it."""
-        length = (report.shape[1] - 1) // 3
-        tokens, accepted, entropy, flags = np.split(report, [length * part for part in (1, 2, 3)], axis=1)
-        done = (flags[:, 0] > 0) | (np.array(self.after.numbers) >= max_steps)
-        columns = (tokens, accepted.astype(bool), entropy.view(np.float32), done)
-        rows = zip(self.after.jobs, self.after.numbers, *(column.tolist() for column in columns), strict=True)
+        length = self.after.tokens.shape[1]
+        borders = [length, 2 * length, 3 * length, 3 * length + 1]
+        tokens, accepted, entropy, finished, notes = np.split(report, borders, axis=1)
+        done = (finished[:, 0] > 0) | (np.array(self.after.numbers) >= max_steps)
+        columns = [column.tolist() for column in (tokens, accepted.astype(bool), entropy.view(np.float32), done)]
+        rows = zip(self.after.jobs, self.after.numbers, *columns, notes.view(np.float32), strict=True)
         return [Step(*row) for row in rows]
 
+    def replaced(self, job: Job, others: Sequence[Job], embed: Callable[[mx.array], mx.array]) -> Pending:
+        """The same step, with `others` in the place of a row: see `Denoising.replace`."""
+        after, row = self.after, self.after.jobs.index(job)
+        index = [*range(row), *[row] * len(others), *range(row + 1, len(after.jobs))]
+        own = mx.array([number == row for number in index])[:, None]
+        report = self.report[mx.array(index)]
+        finished = mx.arange(report.shape[1]) == 3 * after.tokens.shape[1]
+        jobs = [*after.jobs[:row], *others, *after.jobs[row + 1 :]]
+        return self._replace(report=mx.where(own & finished, 0, report), after=after.rewritten(index, jobs, own, embed))
 
-def _packed(tokens: mx.array, accepted: mx.array, entropy: mx.array, flags: mx.array) -> mx.array:
-    parts = [tokens.astype(mx.uint32), accepted.astype(mx.uint32), entropy.view(mx.uint32)]
-    return mx.concatenate([*parts, flags.astype(mx.uint32)], axis=1)
+
+def _given(jobs: Sequence[Job]) -> mx.array:
+    """The tokens that the canvases name, [B, L]; -1 where they name none."""
+    return mx.array([[-1 if token is None else token for token in job.canvas.tokens] for job in jobs])
+
+
+def _packed(
+    tokens: mx.array, accepted: mx.array, entropy: mx.array, flags: mx.array, notes: mx.array | None
+) -> mx.array:
+    parts = [tokens.astype(mx.uint32), accepted.astype(mx.uint32), entropy.view(mx.uint32), flags.astype(mx.uint32)]
+    return mx.concatenate([*parts, *([] if notes is None else [notes.view(mx.uint32)])], axis=1)
 
 
 def _stacked(first: mx.array | None, second: mx.array | None, rows: int, other_rows: int) -> mx.array | None:

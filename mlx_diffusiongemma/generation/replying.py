@@ -30,6 +30,9 @@ def stream(
     tools: Sequence[Any] = (),
     thinking: bool = False,
     canvas: Canvas | None = None,
+    schema: Any = None,
+    grammar: str | None = None,
+    tool_choice: str | None = None,
     options: GenerationOptions | None = None,
     cache: Cache | None = None,
     max_tokens: int | None = None,
@@ -44,6 +47,12 @@ def stream(
     cache: from `model.make_cache()`, kept from one request to the next: what a prompt has in common with what the
     cache holds is not encoded again, and the reply is the same. One request at a time: another one is refused while
     the events of this one are neither read to `Done` nor closed.
+
+    schema: a JSON Schema that the reply is valid for; `Done.data` is then its value. grammar: a regular expression that
+    the whole reply matches, or a Lark grammar with a rule called start. tool_choice: "required" for calls of `tools`
+    and nothing else, or the name of the one to call. At most one of these three. A causal pass then chooses every
+    token, so that the diffusion decoder's canvases are drafts, as the speculative one's are. A keyword that cannot be
+    honoured is refused.
     Raises PromptError, CanvasError and BusyError before anything is computed.
     """
     request = make_request(
@@ -54,6 +63,9 @@ def stream(
         tools=tools,
         thinking=thinking,
         canvas=canvas,
+        schema=schema,
+        grammar=grammar,
+        tool_choice=tool_choice,
         options=options,
         cache=cache,
         max_tokens=max_tokens,
@@ -72,6 +84,9 @@ def generate(
     tools: Sequence[Any] = (),
     thinking: bool = False,
     canvas: Canvas | None = None,
+    schema: Any = None,
+    grammar: str | None = None,
+    tool_choice: str | None = None,
     options: GenerationOptions | None = None,
     cache: Cache | None = None,
     max_tokens: int | None = None,
@@ -87,6 +102,9 @@ def generate(
         tools=tools,
         thinking=thinking,
         canvas=canvas,
+        schema=schema,
+        grammar=grammar,
+        tool_choice=tool_choice,
         options=options,
         cache=cache,
         max_tokens=max_tokens,
@@ -120,6 +138,7 @@ def collect(events: Iterable[Event]) -> Result:
         stats=done.stats,
         note=done.note,
         seed=done.seed,
+        data=done.data,
     )
 
 
@@ -132,12 +151,12 @@ def reply(
 ) -> Generator[tuple[int, Event], None, None]:
     """Run the whole loop: give the events of the replies to `requests`, each with the number of its request.
 
-    options: how all of them are decoded; a request's own say the rest. fits: whether so many requests can be in flight
-    at once; the next one is taken when there is room for it. Replies are written together, a row each, and a reply
-    makes room as soon as it is over.
+    options: how all of them are decoded, under grammars or not; a request's own say the rest. fits: whether so many
+    requests can be in flight at once; the next one is taken when there is room for it. Replies are written together, a
+    row each, and a reply makes room as soon as it is over.
     """
-    decoder = make_decoder(model, options)
     number, upcoming = 0, next(requests, None)
+    decoder = make_decoder(model, options, in_grammar=upcoming is not None and upcoming.grammar is not None)
     writing: list[Writer] = []
     try:
         while upcoming or writing:

@@ -15,6 +15,7 @@ from .canvas import Canvas
 if TYPE_CHECKING:
     from ..model.cache import Cache
     from ..model.diffusion_gemma import DiffusionGemma
+    from ..processing.grammars import Grammar
     from ..processing.processor import Processor, Prompt
 
     PromptLike = str | Sequence[dict[str, Any]] | Sequence[int] | Prompt
@@ -25,13 +26,15 @@ class Request:
     """All that a reply, a filling or a decision is asked for with, checked and complete.
 
     canvas: what to start from instead of noise. cache: a prefix that is kept from one request to the next; None is one
-    of the request's own. cancel: once set, from any thread, the request ends within one step.
+    of the request's own. grammar: what the reply has to be like. cancel: once set, from any thread, the request ends
+    within one step.
     """
 
     prompt: Prompt
     options: Settings
     canvas: Canvas = field(default_factory=lambda: Canvas([]))
     cache: Cache | None = None
+    grammar: Grammar | None = None
     cancel: threading.Event | None = None
 
     @property
@@ -48,6 +51,9 @@ def make_request(
     tools: Sequence[Any] = (),
     thinking: bool = False,
     canvas: Canvas | None = None,
+    schema: Any = None,
+    grammar: str | None = None,
+    tool_choice: str | None = None,
     options: GenerationOptions | None = None,
     cache: Cache | None = None,
     max_tokens: int | None = None,
@@ -61,7 +67,10 @@ def make_request(
     """
     text = model.config.text
     prepared = processor.prompt(prompt, images=images, tools=tools, thinking=thinking)
-    settings = request_options(model, options, max_tokens, seed)
+    in_grammar = any(given is not None for given in (schema, grammar, tool_choice))
+    settings = request_options(model, options, max_tokens, seed, in_grammar=in_grammar)
+    if canvas is not None and in_grammar:
+        raise CanvasError("A canvas to start from cannot follow a grammar; leave out one of the two.")
     if canvas is not None and settings.decoder != "diffusion":
         raise CanvasError(
             f"A canvas to start from is for the diffusion decoder, not the {settings.decoder} one; leave it out."
@@ -75,7 +84,7 @@ def make_request(
     if not prepared.tokens:
         raise PromptError("The prompt is empty; give at least one token.")
     limit = text.max_position_embeddings
-    least = 1 if settings.decoder == "autoregressive" else settings.canvas_length
+    least = settings.canvas_length if settings.decoder == "diffusion" and not in_grammar else 1
     if len(prepared.tokens) + least > limit:
         beside = "a token after it" if least == 1 else f"a canvas of {least}"
         raise PromptError(
@@ -88,7 +97,11 @@ def make_request(
                 raise PromptError(
                     "This cache holds a batch, or prompts of another model; give one of model.make_cache()."
                 )
-    return Request(prepared, settings, canvas, cache, cancel)
+    made = None
+    if in_grammar:
+        asked = {"schema": schema, "grammar": grammar, "tool_choice": tool_choice}
+        made = processor.grammar(prepared, settings.end_tokens, **asked)
+    return Request(prepared, settings, canvas, cache, made, cancel)
 
 
 def request_options(
@@ -96,14 +109,20 @@ def request_options(
     options: GenerationOptions | None,
     max_tokens: int | None = None,
     seed: int | None = None,
+    *,
+    in_grammar: bool = False,
 ) -> Settings:
-    """The options that a request runs with: its own, then the checkpoint's, and a seed. Raises PromptError."""
+    """The options that a request runs with: its own, then the checkpoint's, and a seed. Raises PromptError.
+
+    in_grammar: under one, the diffusion decoder's canvases are drafts, so the causal decoders' options apply as well.
+    """
     options = options or GenerationOptions()
-    for name in options.foreign(model.options):
-        others = "causal decoders" if options.decoder == "diffusion" else "diffusion decoder"
-        raise PromptError(
-            f"{name} is an option of the {others} and means nothing to the {options.decoder} one; leave it out."
-        )
+    if in_grammar and options.decoder == "diffusion":
+        for name in replace(options, decoder="speculative").foreign(model.options):
+            if name in ("stability", "confidence", "active_rows"):
+                raise PromptError(f"{name} means nothing under a grammar, where canvases are drafts; leave it out.")
+    else:
+        _check_foreign(options, model.options)
     filled = options.filled_from(model.options)
     if max_tokens is not None:
         filled = replace(filled, max_tokens=max_tokens)
@@ -112,4 +131,23 @@ def request_options(
     longest = model.config.canvas_length
     if settings.canvas_length > longest:
         raise PromptError(f"canvas_length is {settings.canvas_length}, but this model's canvas has {longest} tokens.")
+    return settings
+
+
+def _check_foreign(options: GenerationOptions, checkpoint: GenerationOptions) -> None:
+    """Raises PromptError where an option is set that means nothing to the decoder."""
+    for name in options.foreign(checkpoint):
+        others = "causal decoders" if options.decoder == "diffusion" else "diffusion decoder"
+        raise PromptError(
+            f"{name} is an option of the {others} and means nothing to the {options.decoder} one; leave it out."
+        )
+
+
+def canvas_options(model: DiffusionGemma, options: GenerationOptions | None, seed: int | None = None) -> Settings:
+    """The options of a request that can only be denoised. Raises PromptError where they name another decoder."""
+    settings = request_options(model, options, seed=seed)
+    if settings.decoder != "diffusion":
+        raise PromptError(
+            f"Text is filled in on a canvas, which the {settings.decoder} decoder does not do; leave decoder out."
+        )
     return settings

@@ -82,19 +82,24 @@ class ChatSession:
         images: Sequence[ImageSource | PreparedImage] = (),
         videos: Sequence[VideoSource | PreparedVideo] = (),
         *,
+        schema: Any = None,
+        grammar: str | None = None,
+        tool_choice: str | None = None,
         cancel: threading.Event | None = None,
     ) -> Generator[Event, None, None]:
         """Take the user's turn; its events are those of the reply, as `stream` gives them.
 
         images, videos: come before the text, in this order; `processor.prepare_video` makes a video with fewer frames
-        or another speed. Setting `cancel`, or closing the iterator, stops within one step. Raises PromptError before
-        anything is computed, and from the events where the conversation has changed before the first is read.
+        or another speed. schema, grammar, tool_choice: what the reply has to be like; see `stream`. Setting `cancel`,
+        or closing the iterator, stops within one step. Raises PromptError before anything is computed, and from the
+        events where the conversation has changed before the first is read.
         """
         content = self.processor.content(text, images, videos, allow_files=self.allow_files, allow_urls=self.allow_urls)
         with self._alone():
             if self.tool_calls:
                 raise PromptError("The last reply called tools; give their results with send_tool_results, or undo it.")
-            return self._turn([{"role": "user", "content": content}], cancel)
+            asked = {"schema": schema, "grammar": grammar, "tool_choice": tool_choice}
+            return self._turn([{"role": "user", "content": content}], cancel, **asked)
 
     def ask(
         self,
@@ -102,10 +107,14 @@ class ChatSession:
         images: Sequence[ImageSource | PreparedImage] = (),
         videos: Sequence[VideoSource | PreparedVideo] = (),
         *,
+        schema: Any = None,
+        grammar: str | None = None,
+        tool_choice: str | None = None,
         cancel: threading.Event | None = None,
     ) -> Result:
         """Take the user's turn and wait for the whole reply: `send`, to its end."""
-        return collect(self.send(text, images, videos, cancel=cancel))
+        asked = {"schema": schema, "grammar": grammar, "tool_choice": tool_choice}
+        return collect(self.send(text, images, videos, **asked, cancel=cancel))
 
     def send_tool_results(
         self, results: Sequence[Any], *, cancel: threading.Event | None = None
@@ -196,10 +205,27 @@ class ChatSession:
             allow_urls=self.allow_urls,
         )
 
-    def _turn(self, new: list[dict[str, Any]], cancel: threading.Event | None) -> Generator[Event, None, None]:
+    def _turn(
+        self,
+        new: list[dict[str, Any]],
+        cancel: threading.Event | None,
+        schema: Any = None,
+        grammar: str | None = None,
+        tool_choice: str | None = None,
+    ) -> Generator[Event, None, None]:
         """Check a turn's `new` messages and prepare the reply to them; reading its events computes it."""
         prompt = self._prompt([*self._history(), *new])
-        events = stream(self.model, self.processor, prompt, options=self.options, cache=self._cache, cancel=cancel)
+        events = stream(
+            self.model,
+            self.processor,
+            prompt,
+            schema=schema,
+            grammar=grammar,
+            tool_choice=tool_choice,
+            options=self.options,
+            cache=self._cache,
+            cancel=cancel,
+        )
         return self._run(events, (*self._turns, *new), self._changes)
 
     def _run(

@@ -114,7 +114,15 @@ class Writer:
             peak_memory_bytes=self._peak.stop(),
         )
         self.close()
-        return Done(self.finish_reason or "cancelled", self._stats, self._note(), self.options.seed)
+        reason, grammar = self.finish_reason or "cancelled", self.request.grammar
+        note, data = self._note(), None
+        if grammar is not None and reason != "cancelled":
+            # Whatever ended the reply, and whatever wrote it: only what the grammar calls whole counts.
+            if reason != "length" and grammar.is_complete(self.tokens):
+                data = grammar.value(self.tokens)
+            elif not note:
+                note = self._note_of_a_part()
+        return Done(reason, self._stats, note, self.options.seed, data)
 
     def close(self) -> None:
         """Let go of the cache, which is then free for another request."""
@@ -134,6 +142,11 @@ class Writer:
         if reply.thinking:
             return f"The thought took all {len(self.tokens)} tokens; raise max_tokens, or ask without thinking."
         return f"The {len(self.tokens)} tokens asked for end before the reply's first word; raise max_tokens."
+
+    def _note_of_a_part(self) -> str:
+        if self.finish_reason == "length":
+            return f"The {len(self.tokens)} tokens end before the reply is what was asked for; raise max_tokens."
+        return "The reply ended before it was what was asked for; leave out what stops it."
 
 
 def cut_at_end(tokens: list[int], end_tokens: tuple[int, ...]) -> tuple[list[int], bool]:

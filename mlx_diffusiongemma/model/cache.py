@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -292,6 +292,14 @@ class CacheRows:
     def extended(self, count: int) -> None:
         for cache in self.caches:
             cache.extended(count)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Append to all of them within this. What is stopped halfway leaves them empty."""
+        with ExitStack() as stack:
+            for cache in self.caches:
+                stack.enter_context(cache.writing())
+            yield
 
     def settle(self) -> None:
         for cache in self.caches:

@@ -68,7 +68,9 @@ class LayerCache:
         self.length = self.needed_of(keys.shape[2])
         room = SLIDING_GROWTH + self.keep
         self.buffers = _with_room(keys[:, :, -self.length :], room), _with_room(values[:, :, -self.length :], room)
-        return keys[:, :, -seen:], values[:, :, -seen:]
+        # Whoever computes what is seen computes the buffers too: nothing lazy is left for another thread.
+        seen_keys, seen_values = mx.depends([keys[:, :, -seen:], values[:, :, -seen:]], list(self.buffers))
+        return seen_keys, seen_values
 
     def _grown(self, keys: mx.array, values: mx.array) -> KeysValues:
         """Larger buffers with the prefix in them, and room for more K/V like these and a canvas."""
@@ -97,15 +99,17 @@ class LayerCache:
     def with_part_of_canvas(self, keys: mx.array, values: mx.array, places: Places) -> KeysValues:
         """The K/V that a canvas attends to, of which only those at `places` [1, heads, F, head_dim] are new.
 
-        All others are those that `settle` adopted last. For a cache of one row. Raises ValueError where no canvas was
-        settled since the prefix was written.
+        All others are those that `settle` adopted last. Raises ValueError where the cache is not of one row, or empty.
         """
         index, length = places
         end = self.length + length
-        if self.buffers is None or self.buffers[0].shape[0] != 1 or self.buffers[0].shape[2] < end:
-            raise ValueError("part of a canvas can only be written where a whole one of one row was written before")
+        if self.buffers is None or self.buffers[0].shape[0] != 1:
+            raise ValueError("part of a canvas can only be written behind a prefix of one row")
+        old_keys, old_values = self.buffers
+        if old_keys.shape[2] < end:
+            old_keys, old_values = (_with_room(array[:, :, : self.length], length) for array in self.buffers)
         at = self.length + index[0]
-        written = _written_at(self.buffers[0], at, keys), _written_at(self.buffers[1], at, values)
+        written = _written_at(old_keys, at, keys), _written_at(old_values, at, values)
         self._canvas = written
         first = self.length - self.visible
         return written[0][:, :, first:end], written[1][:, :, first:end]

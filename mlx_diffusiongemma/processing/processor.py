@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from ..config import ModelConfig, VisionConfig, read_json
 from ..errors import CheckpointError, PromptError
 from ..events import Reply
+from .grammars import Grammar, Grammars
 from .messages import Message, VideoPart, call_ids, normalize_messages
 from .replies import MARKERS, ReplyParser, reply_from_parts
 from .tokenizer import load_tokenizer
@@ -29,12 +30,15 @@ class Prompt:
 
     `text` is the whole prompt, markers included; `images` are in the order of their tokens, every frame of a video one
     of them. `first_call` is the number that the reply's first tool call has in its id, above those of the prompt's.
+    `tools` are the schemas that it declares; `thinking` says whether it asks the model to think first.
     """
 
     text: str
     tokens: list[int]
     images: tuple[PreparedImage, ...] = ()
     first_call: int = 1
+    tools: tuple[dict[str, Any], ...] = ()
+    thinking: bool = False
 
 
 class Processor:
@@ -56,6 +60,8 @@ class Processor:
         # Embeddings can be padded: the model knows ids there that the tokenizer does not. They read as nothing.
         padding = dict.fromkeys(range(len(tokenizer), config.text.vocab_size), "")
         self._special = padding | special | named
+        markers = {name: token for token, name in self._special.items() if name}
+        self._grammars = Grammars(tokenizer, config.text.vocab_size, markers)
 
     @classmethod
     def from_directory(cls, directory: str | Path, config: ModelConfig) -> Processor:
@@ -107,7 +113,8 @@ class Processor:
         if not isinstance(messages, Sequence) or isinstance(messages, Mapping | bytes):
             raise PromptError(f"A prompt is text, a list of messages or of token ids, not a {type(messages).__name__}.")
         normal, sources = normalize_messages(messages)
-        text = self._render(normal, tool_schemas(tools), thinking)
+        declared = tool_schemas(tools)
+        text = self._render(normal, declared, thinking)
         pictures = self._prepare_pictures(sources, images, image_budget, allow_files, allow_urls)
         text = _expand_pictures(text, pictures)
         return Prompt(
@@ -115,6 +122,8 @@ class Processor:
             self._encode(text),
             images=tuple(image for picture in pictures for image in _images(picture)),
             first_call=free_number(call_ids(normal)),
+            tools=tuple(declared),
+            thinking=bool(thinking),
         )
 
     def content(
@@ -212,9 +221,31 @@ class Processor:
 
         prompt: what it replies to. Templates can end a prompt inside a thought, as after a tool's answer.
         """
-        before = [self._special.get(token) for token in prompt.tokens] if prompt else []
-        last = next((name for name in reversed(before) if name in ("<|channel>", "<channel|>", "<|turn>")), None)
-        return ReplyParser(self.tokenizer.detokenizer, self._special, in_thought=last == "<|channel>")
+        in_thought = prompt is not None and self._ends_in_thought(prompt)
+        return ReplyParser(self.tokenizer.detokenizer, self._special, in_thought=in_thought)
+
+    def grammar(
+        self,
+        prompt: Prompt,
+        end_tokens: tuple[int, ...],
+        *,
+        schema: Any = None,
+        grammar: str | None = None,
+        tool_choice: str | None = None,
+    ) -> Grammar:
+        """Compile what the reply to `prompt` has to be like: see `Grammars.make`. Raises PromptError."""
+        return self._grammars.make(
+            prompt,
+            self._ends_in_thought(prompt),
+            end_tokens,
+            schema=schema,
+            grammar=grammar,
+            tool_choice=tool_choice,
+        )
+
+    def _ends_in_thought(self, prompt: Prompt) -> bool:
+        names = (self._special.get(token) for token in reversed(prompt.tokens))
+        return next((name for name in names if name in ("<|channel>", "<channel|>", "<|turn>")), None) == "<|channel>"
 
     def draft_text(self, tokens: Sequence[int]) -> str:
         """Decode `tokens` for display: without special tokens and without halves of characters."""

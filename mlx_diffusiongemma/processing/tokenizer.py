@@ -50,6 +50,10 @@ class Tokenizer(Protocol):
     def detokenizer(self) -> Detokenizer:
         """A new one, for one reply."""
 
+    @property
+    def backend_tokenizer(self) -> Any:
+        """The tokenizer of Hugging Face's library in Rust, which `to_str` writes as tokenizer.json."""
+
     def __len__(self) -> int: ...
 
     def get_vocab(self) -> dict[str, int]: ...

@@ -84,11 +84,11 @@ class Tasks:
         return right >= len(tokens) - 1 - 2  # the pinned one, and one more that gives way to it
 
     def infilled(self, question: Question) -> bool:
-        """The middle third, up to 6 tokens, is a hole of 8: does exactly what was there come back?"""
+        """The middle third is a hole of 48: does exactly what was there come back?"""
         text = question["text"]
         start = len(text) // 3
-        stop = min(max(2 * len(text) // 3, start + 1), start + 6)
-        parts = [text[:start], Hole(8), text[stop:]]
+        stop = max(2 * len(text) // 3, start + 1)
+        parts = [text[:start], Hole(48), text[stop:]]
         options = GenerationOptions(seed=question["id"])
         return infill(self.model, self.processor, parts, question["messages"], options).text == text
 

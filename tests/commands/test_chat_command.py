@@ -182,13 +182,25 @@ def test_ctrl_z_suspends_and_tab_completes(demo_float32, tmp_path):
 
 def test_settings_change_between_turns(demo_float32):
     lines = ["/set steps 3", "/set", "/set steps default", "/set steps", "/set mode fast", "/set steps", "/set heat on"]
-    lines += ["/set steps 0", "/set speed 2", "/set temp 1", "/set heat 7", "/set mode", "/set stop 3", "sort 53142"]
+    lines += ["/set mode turbo", "/decoder ar", "/set mode fast", "/decoder diffusion"]
+    lines += [
+        "/set mode reference",
+        "/set steps 0",
+        "/set speed 2",
+        "/set temp 1",
+        "/set heat 7",
+        "/set mode",
+        "/set stop 3",
+        "sort 53142",
+    ]
     done = piped(lines, demo_float32)
     said = done.stderr.splitlines()
     assert done.returncode == 1 and done.stdout == "12\n"
     assert said[:3] == ["steps: 3", "decoder: diffusion", "max-tokens: 1024"] and "steps: 48 [the checkpoint's]" in said
     assert "mode: fast" in said and "steps: 24" in said and "heat: on" in said and "stop: '3'" in said
+    assert "mode: turbo" in said
     wrong = [line.removeprefix("mlx-dg: ") for line in said if line.startswith("mlx-dg: ")]
+    assert "is about denoising" in wrong.pop(0)
     assert wrong[0] == "/set steps: 0 is not a whole number of at least 1."
     assert (
         "There is no setting speed; they are decoder, mode, max-tokens" in wrong[1] and "/set entropy-bound" in wrong[2]

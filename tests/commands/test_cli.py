@@ -70,6 +70,16 @@ def test_the_prompt_comes_from_stdin_or_an_option(demo_float32, arguments):
     assert done.stdout == "cba\n"
 
 
+def test_an_answer_follows_a_schema_or_a_grammar(demo_float32, tmp_path):
+    (tmp_path / "form.json").write_text('{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}')
+    (tmp_path / "form.txt").write_text("[0-4]{3}\n")
+    done = run("generate", "sort 321", "--schema", tmp_path / "form.json", "--model", demo_float32)
+    assert json.loads(done.stdout)["a"] in (1, 2)
+    for grammar in ("[0-4]{3}", tmp_path / "form.txt"):
+        done = run("generate", "sort 321", "--grammar", grammar, "--decoder", "ar", "--model", demo_float32)
+        assert len(done.stdout.strip()) == 3 and set(done.stdout.strip()) <= set("01234")
+
+
 def test_json_is_one_event_a_line(demo_float32):
     done = run("generate", "count from 17", "--model", demo_float32, "--seed", 1, "--json")
     events = [json.loads(line) for line in done.stdout.splitlines()]
@@ -115,6 +125,9 @@ def test_without_any_model_the_ready_made_one_is_named(tmp_path):
         (["generate", "hi", "--decoder", "ar", "--steps", "3"], 1, "--steps is about denoising"),
         (["generate", "hi", "--decoder", "ar", "--mode", "fast"], 1, "--mode fast is about denoising"),
         (["chat", "--top-k", "5"], 1, "--top-k has no meaning"),
+        (["generate", "hi", "--schema", "/nowhere.json"], 1, "/nowhere.json cannot be read"),
+        (["generate", "hi", "--schema", DEMO / "chat_template.jinja"], 1, "is not JSON"),
+        (["generate", "hi", "--grammar", "(", "--model", "MODEL"], 1, "The grammar cannot be honoured"),
         (["generate", ""], 1, "The prompt is empty"),
         (["generate", "-p", " \n"], 1, "The prompt is empty"),
         (["generate"], 1, "The prompt is empty"),

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,14 @@ import pytest
 from random_models import config_json, random_model
 from typer.testing import CliRunner
 
-from mlx_diffusiongemma import Canvas, GenerationOptions, Hole, PromptError, infill, load
+from mlx_diffusiongemma import Canvas, Draft, GenerationOptions, Hole, PromptError, generate, infill, load
 from mlx_diffusiongemma.checkpoints import accounting
 from mlx_diffusiongemma.cli import app
 from mlx_diffusiongemma.config import FULL, SLIDING
-from mlx_diffusiongemma.filling.gaps import Filling, Gap, lay_out, lengths_up_to
+from mlx_diffusiongemma.filling.gaps import Gap, Span
+from mlx_diffusiongemma.filling.places import Leg, Place
 from mlx_diffusiongemma.filling.search import GapFiller
+from mlx_diffusiongemma.filling.window import open_window
 from mlx_diffusiongemma.generation.denoising import Denoising
 from mlx_diffusiongemma.generation.request import make_request
 from mlx_diffusiongemma.model import diffusion_gemma
@@ -26,6 +29,20 @@ FEW = GenerationOptions(seed=0, max_steps=2)  # where only the text around the h
 @pytest.fixture(scope="module")
 def demo(demo_float32):
     return load(demo_float32)
+
+
+class Counting:
+    """A model that notes the rows of each canvas it denoises."""
+
+    def __init__(self, model, rows):
+        self._model, self._rows = model, rows
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def denoise(self, canvas, *rest):
+        self._rows.append(canvas.shape[0])
+        return self._model.denoise(canvas, *rest)
 
 
 @pytest.mark.parametrize(
@@ -57,18 +74,86 @@ def test_the_middle_of_known_replies(demo):
         assert infill(*demo, parts, question["messages"], options).text == text
 
 
-def test_the_lengths_tried_and_their_scores_are_told(demo):
-    result = infill(*demo, ["abc", Hole(6), "hij"], "reverse jihgfedcba", GenerationOptions(seed=0, max_steps=8))
-    assert [attempt.lengths for attempt in result.attempts] == [(n,) for n in range(1, 7)]
-    assert min(result.attempts, key=lambda attempt: attempt.surprise).lengths == (4,)
+def test_the_length_is_read_and_its_evidence_told(demo):
+    """No length is tried: the canvas rows are few more than those of the reply itself."""
+    model, processor = demo
+    rows = []
+    counting = Counting(model, rows)
+    plain = generate(counting, processor, "count from 5", seed=0)
+    spent = sum(rows)
+    rows.clear()
+    text, start, length = plain.text, 6, 40
+    parts = [text[:start], Hole(48), text[start + length :]]
+    result = infill(counting, processor, parts, "count from 5", GenerationOptions(seed=0))
+    assert result.text == text and sum(rows) <= 3 * spent, (sum(rows), spent)
+    assert [attempt.lengths for attempt in result.attempts] == [(length,)]
+    assert result.attempts[0].evidence > 4 and result.attempts[0].surprise is None
+    assert len(result.confidence) == 1 and result.confidence[0] > 0.95
+
+
+def test_all_that_is_asked_for_is_denoised_and_judged(demo):
+    result = infill(
+        *demo, ["abc", Hole(6), "hij"], "reverse jihgfedcba", GenerationOptions(seed=0, max_steps=8), alternatives=3
+    )
+    assert next(own.text for own in result.alternatives) == result.text == "abcdefghij"
+    likelihoods = [own.log_likelihood for own in result.alternatives]
+    assert len(likelihoods) == 3 and likelihoods == sorted(likelihoods, reverse=True)
+    assert all(own.text == "abc" + own.holes[0] + "hij" for own in result.alternatives)
+    assert [attempt.surprise for attempt in result.attempts] == [-value for value in likelihoods]
+
+
+def test_exact_holes_have_one_length(demo):
     exact = infill(*demo, ["abc", Hole(4), "hij"], "reverse jihgfedcba", GenerationOptions(seed=0), exact=True)
     assert exact.holes == ["defg"] and [attempt.lengths for attempt in exact.attempts] == [(4,)]
 
 
-def test_a_hole_given_twice_is_searched_in_each_place(demo):
-    hole = Hole(3)
-    result = infill(*demo, ["abc", hole, "ghi", hole], "reverse jihgfedcba", FEW)
-    assert [attempt.lengths[0] for attempt in result.attempts] == [1, 2, 3]
+def test_a_hole_given_twice_has_a_length_in_each_place(demo):
+    hole = Hole(5)
+    result = infill(*demo, ["a", hole, "fg", hole, "j"], "reverse jihgfedcba", GenerationOptions(seed=0))
+    assert result.holes == ["bcde", "hi"]
+
+
+@pytest.mark.parametrize(("start", "length"), [(50, 30), (63, 5), (64, 20), (60, 4), (30, 40), (10, 70), (59, 2)])
+def test_a_hole_across_canvases_ends_where_what_follows_fits(demo, start, length):
+    """A canvas has 64 tokens, the reply 90: what follows begins on the first canvas, at its border, or on the second;
+    the longest hole is longer than a canvas.
+    """
+    text = " ".join(map(str, range(5, 35)))
+    parts = [text[:start], Hole(length + 12), text[start + length :]]
+    result = infill(*demo, parts, "count from 5", GenerationOptions(seed=0))
+    assert result.text == text and result.holes == [text[start : start + length]]
+
+
+def test_a_stop_ends_a_hole(demo):
+    parts = ['{"name": "', Hole(8, stop=['"']), '", "age": 12}']
+    assert infill(*demo, parts, "json name=robin age=12", GenerationOptions(seed=0)).holes == ["robin"]
+    last = infill(*demo, ["12 13 ", Hole(40, stop=["17", "never"])], "count from 12", GenerationOptions(seed=0))
+    assert last.text == "12 13 14 15 16 "
+
+
+def test_time_that_is_over_leaves_the_best_so_far(demo):
+    parts = ["abc", Hole(6), "hij"]
+    drafts = []
+
+    def take(event):
+        if isinstance(event, Draft):
+            drafts.append(event)
+            time.sleep(0.5)
+
+    result = infill(*demo, parts, "reverse jihgfedcba", GenerationOptions(seed=0), milliseconds=400, on_event=take)
+    assert (result.finish_reason, result.text, len(drafts)) == ("length", "abcdefghij", 1)
+    assert drafts[0].text == "defghij" and drafts[0].holes == [(0, 4)]
+
+
+def test_text_beyond_the_context_is_cut_at_lines_the_nearest_are_read(demo):
+    line = "reverse the word and count on\n"
+    for instruction in (None, "say something"):
+        parts = [line * 200, Hole(2), "\n" + line * 200]
+        result = infill(*demo, parts, instruction, FEW)
+        assert result.text == parts[0] + result.holes[0] + parts[2]
+    assert result.stats.prompt_tokens < 50
+    grown = [infill(*demo, [line * count, Hole(2), line], None, FEW).stats.prompt_tokens for count in (200, 201, 202)]
+    assert grown[1] - grown[0] == grown[2] - grown[1] == len(line)  # they begin with the same line
 
 
 def test_a_draft_is_what_the_hole_starts_from(demo):
@@ -99,12 +184,11 @@ def test_parts_longer_than_a_canvas_spill_over_and_say_so(demo):
     assert [attempt.canvas for attempt in result.attempts] == [0, 1]
 
 
-def test_many_holes_are_varied_one_after_the_other(demo):
-    parts = ["a", Hole(3), "b", Hole(3), "c", Hole(4), "d"]
-    result = infill(*demo, parts, None, FEW)
-    lengths = [attempt.lengths for attempt in result.attempts]
-    assert len(lengths) == 3 + 3 + 4 and lengths[:3] == [(1, 3, 4), (2, 3, 4), (3, 3, 4)]
-    assert len({own[0] for own in lengths[3:]}) == 1
+def test_four_holes_are_settled_together(demo):
+    text = " ".join(map(str, range(12, 42)))
+    parts = [text[:4], Hole(20), text[9:17], Hole(20), text[25:30], Hole(20), text[36:48], Hole(20), text[60:]]
+    result = infill(*demo, parts, "count from 12", GenerationOptions(seed=0))
+    assert result.text == text and len(result.attempts) == result.canvases == 1
 
 
 def test_the_same_seed_gives_the_same_text(demo):
@@ -127,7 +211,7 @@ def test_how_many_rows_are_computed_at_once_changes_nothing(demo, at_once, monke
             return found
 
         monkeypatch.setattr(Denoising, "step", step)
-        result = infill(*demo, parts, None, GenerationOptions(seed=0, max_steps=3))
+        result = infill(*demo, parts, None, GenerationOptions(seed=0, max_steps=3), alternatives=7)
         monkeypatch.setattr(Denoising, "step", original)
         return result, shown
 
@@ -152,7 +236,7 @@ def test_rows_keep_to_their_budget(demo, monkeypatch):
 
     def run(budget):
         monkeypatch.setattr(accounting, "ROWS_BUDGET", budget)
-        result = infill(model, processor, parts, None, options)
+        result = infill(model, processor, parts, None, options, alternatives=8)
         return result.stats.peak_memory_bytes, result.tokens
 
     allowed = accounting.rows_bytes(model.config.text, 32, 600, 3, item=4)
@@ -174,13 +258,14 @@ class AfterSteps(threading.Event):
         return self.left < 0
 
 
-@pytest.mark.parametrize(("times", "steps"), [(0, 0), (1, 0), (2, 0), (3, 1), (4, 2), (6, 2), (7, 2)])
-def test_cancelling_leaves_the_holes_open(demo, times, steps):
-    """While reading the prompt, asking for a thought, denoising and scoring."""
+@pytest.mark.parametrize(("times", "steps"), [(0, 0), (1, 0), (2, 0), (3, 1), (4, 2), (5, 3), (7, 4)])
+def test_cancelling_keeps_the_best_so_far(demo, times, steps):
+    """While reading the prompt, asking for a thought, denoising and scoring; before the first step there is nothing."""
     parts = ["abc", Hole(6), "hij"]
-    result = infill(*demo, parts, "reverse jihgfedcba", FEW, cancel=AfterSteps(times))
-    assert result.finish_reason == "cancelled" and result.text == "abchij" and result.holes == []
-    assert sum(result.stats.steps) == steps
+    cancel = AfterSteps(times)
+    result = infill(*demo, parts, "reverse jihgfedcba", FEW, alternatives=3, cancel=cancel)
+    assert (result.finish_reason, sum(result.stats.steps)) == ("cancelled", steps)
+    assert result.holes == (["defg"] if steps else []) and result.text == "abc" + "".join(result.holes) + "hij"
 
 
 def test_cancelling_keeps_what_is_filled(demo):
@@ -190,42 +275,51 @@ def test_cancelling_keeps_what_is_filled(demo):
     asked = AfterSteps(1000)
     infill(*demo, parts, None, FEW, exact=True, cancel=asked)
     result = infill(*demo, parts, None, FEW, exact=True, cancel=AfterSteps(1000 - asked.left - 1))
-    assert result.finish_reason == "cancelled" and result.holes == whole.holes[:1]
-    assert result.text == before + whole.holes[0] + after + "z" * 70
+    assert result.finish_reason == "cancelled" and result.holes[:1] == whole.holes[:1]
+    assert result.text == before + whole.holes[0] + after + result.holes[1] + "z" * 70
 
 
 def test_cancelling_frees_the_canvas(demo):
     model, processor = demo
     request = make_request(model, processor, "sort 312", options=FEW, cancel=AfterSteps(3))
-    gap = Gap((Filling((None,) * 4), Filling((None,) * 5)))
-    filler = GapFiller(model, processor, request, [gap], None, [lambda tokens: ""], replies=False)
+    filler = GapFiller(model, processor, request, [Gap(4, 5)], None, [Span(lambda tokens: "")], replies=False)
     filler.run()
     assert filler.finish_reason == "cancelled" and filler.steps == [2]
     assert all(layer._canvas is None and layer._spread is None for layer in filler.cache.layers)
 
 
-def test_lengths():
-    assert lengths_up_to(3) == [1, 2, 3]
-    assert lengths_up_to(64) == [8, 16, 24, 32, 40, 48, 56, 64]
-    assert lengths_up_to(20) == [3, 5, 8, 10, 13, 15, 18, 20]
-
-
-def test_a_row_is_laid_out_with_its_ending():
-    window = [[5, 6], Gap((Filling((None,)), Filling((7, None)))), [8]]
-    row = lay_out(window, [1], 8, [2, 1])
+def test_a_canvas_is_laid_out_with_its_ending():
+    gap = Gap(1, 2, draft=(7,))
+    window = open_window([gap, [8]], [5, 6], [], 8, [2, 1])
+    assert window.legs == [Leg(gap, [8, 2, 1, 1, 1, 1, 1, 1])]
+    begun = window.lay_out(())
+    assert begun.canvas == Canvas([5, 6, 7, *[None] * 5], [True, True, *[False] * 6])
+    row = window.lay_out([Place(4)])
     assert row.canvas == Canvas([5, 6, 7, None, 8, 2, 1, 1], [True, True, False, False, True, True, True, True])
     assert (row.gaps, row.lengths, row.end) == (((2, 4),), (2,), 6)
-    open_row = lay_out(window, [0], 6, None)
+    open_row = open_window([gap, [8]], [5, 6], [], 6, None).lay_out([Place(3)], drafted=1)
     assert open_row.canvas == Canvas([5, 6, None, 8, None, None], [True, True, False, True, False, False])
-    cut = lay_out(window, [0], 3, [1])
+    cut = open_window([gap, [8]], [5, 6], [], 3, [1]).lay_out([Place(3)], drafted=1)
     assert cut.canvas.tokens == (5, 6, None) and cut.end == 3
+
+
+def test_a_gap_that_goes_on_may_end_on_the_canvas_before():
+    gap = Gap(1, 9)
+    window = open_window([gap, [8, 9]], [], [3, 4, 8], 4, [1])
+    assert window.start == -3 and window.spans([Place(-1)]) == [(-3, -1)]
+    row = window.lay_out([Place(-1)])
+    assert row.canvas == Canvas([9, 1, 1, 1], [True] * 4) and row.end == 2
+    assert window.cut([Place(-1)], row.over([0] * 4), [3, 4, 8]) == [[3, 4]]
+    assert window.is_whole([Place(-1)]) and not window.is_whole([])
+    beyond = window.lay_out([])
+    assert beyond.gaps == ((0, 4),) and not any(beyond.canvas.pinned)
 
 
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        (["a", Hole(0), "b"], "1 to 48 tokens, not 0"),
-        (["a", Hole(49), "b"], "1 to 48 tokens, not 49"),
+        (["a", Hole(0), "b"], "at least 1 token, not 0"),
+        (["a", Hole(1, stop="x"), "b"], "list of texts, not 'x'"),
         (["a", Hole(2.5), "b"], "not 2.5"),
         (["a", "b"], "no hole"),
         ([], "no hole"),
@@ -263,7 +357,6 @@ def test_the_command_prints_the_filled_text(demo_float32, tmp_path):
     [
         (b"nothing to fill", (), "no '<FILL>'"),
         (b"\xff<FILL>", (), "not UTF-8"),
-        (b"a<FILL>b", ("--tokens", "99"), "1 to 48 tokens, not 99"),
         (b"a<FILL>b", ("--hole", ""), "--hole is empty"),
         (None, (), "cannot be read"),
     ],

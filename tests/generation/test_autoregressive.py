@@ -24,9 +24,14 @@ from mlx_diffusiongemma import (
     CanvasError,
     ChatSession,
     GenerationOptions,
+    Hole,
     PromptError,
+    Text,
+    edit,
+    fill,
     generate,
     generate_batch,
+    infill,
     load,
     stream,
 )
@@ -173,8 +178,11 @@ def test_a_reply_ends_with_the_context():
     small = random_model(config_json(true_pattern(6), CANVAS, max_position_embeddings=50), None)
     result = generate(small, Processor(), prompt_of(44), options=GREEDY)
     assert len(result.tokens) == 6 and result.finish_reason == "length"
-    with pytest.raises(PromptError, match="at most 49 fit"):
-        generate(small, Processor(), prompt_of(50), options=GREEDY)
+    for decoder in ("autoregressive", "speculative"):
+        options = replace(GREEDY, decoder=decoder)
+        assert len(generate(small, Processor(), prompt_of(49), options=options).tokens) == 1
+        with pytest.raises(PromptError, match="at most 49 fit"):
+            generate(small, Processor(), prompt_of(50), options=options)
 
 
 @pytest.mark.parametrize("options", [LEFT_TO_RIGHT, replace(LEFT_TO_RIGHT, repetition_penalty=1.3)], ids=str)
@@ -232,6 +240,57 @@ def test_cancelling_stops_within_one_token_and_leaves_the_cache_usable(model):
     assert len(cache.labels) == cache.offset
     fresh = generate(model, Processor(), prompt_of(33), options=GREEDY)
     assert generate(model, Processor(), prompt_of(33), options=GREEDY, cache=cache).tokens == fresh.tokens
+
+
+class Interrupt(Exception):
+    """Stands for Ctrl-C: it comes from anywhere."""
+
+
+@pytest.mark.parametrize("decoder", ["autoregressive", "speculative"])
+@pytest.mark.parametrize("at", [3, 20, 57])
+def test_what_is_interrupted_anywhere_leaves_a_cache_that_is_right(model, decoder, at):
+    """In the middle of a pass, where some layers have a token more than others."""
+    options = replace(GREEDY, decoder=decoder, max_tokens=30)
+    cache, calls = model.make_cache(), []
+    attend = layers.attend_rows
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == at:
+            raise Interrupt
+        return attend(*arguments)
+
+    events = stream(model, Processor(), prompt_of(43), options=options, cache=cache)
+    with pytest.raises(Interrupt):
+        for event in events:
+            if isinstance(event, Commit) and layers.attend_rows is attend:
+                layers.attend_rows = interrupted
+    layers.attend_rows = attend
+    assert len(cache.labels) == cache.offset
+    fresh = generate(model, Processor(), prompt_of(46), options=options)
+    assert generate(model, Processor(), prompt_of(46), options=options, cache=cache).tokens == fresh.tokens
+
+
+@pytest.mark.parametrize("decoder", ["autoregressive", "speculative"])
+def test_another_thread_can_use_the_cache_afterwards(model, decoder):
+    """However many tokens were written: also where the last one made room in a window."""
+    failed = []
+
+    def read(cache):
+        try:
+            mx.eval(cache.arrays)
+        except RuntimeError as error:
+            failed.append(error)
+
+    for count in (1, *range(SLIDING_GROWTH - 4, SLIDING_GROWTH + 5)):
+        cache = model.make_cache()
+        generate(
+            model, Processor(), prompt_of(40), options=replace(GREEDY, decoder=decoder, max_tokens=count), cache=cache
+        )
+        thread = threading.Thread(target=read, args=(cache,))
+        thread.start()
+        thread.join()
+    assert not failed
 
 
 def test_closing_the_events_frees_the_cache(model):
@@ -347,6 +406,16 @@ def test_values_that_make_no_sense_are_refused(wrong):
 def test_a_starting_canvas_is_for_the_diffusion_decoder(model):
     with pytest.raises(CanvasError, match="for the diffusion decoder"):
         stream(model, Processor(), "hi", canvas=Canvas([5]), options=LEFT_TO_RIGHT)
+
+
+def test_holes_are_filled_on_a_canvas_only(model):
+    for fill_in in (
+        lambda: infill(model, Processor(), ["a", Hole(4), "b"], options=LEFT_TO_RIGHT),
+        lambda: edit(model, Processor(), "abc", span=(0, 2), instruction="shorter", options=LEFT_TO_RIGHT),
+        lambda: fill(model, Processor(), "who?", {"name": Text(4)}, options=LEFT_TO_RIGHT),
+    ):
+        with pytest.raises(PromptError, match="filled in on a canvas"):
+            fill_in()
 
 
 def test_the_checkpoints_own_options_are_no_options_of_another_decoder(model):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +19,6 @@ NAMES: dict[str, Decoder] = {"diffusion": "diffusion", "ar": "autoregressive", "
 FLAGS = {
     "max_steps": "--steps",
     "entropy_bound": "--entropy-bound",
-    "stability": "--mode",
     "confidence": "--confidence",
     "canvas_length": "--canvas-length",
     "temperature": "--temp",
@@ -59,6 +60,33 @@ RepetitionPenalty = Annotated[
         "--repetition-penalty", metavar="X", parser=number(0, above=True), help="Of ar and speculative [none]."
     ),
 ]
+Schema = Annotated[
+    Path | None, typer.Option("--schema", metavar="FILE", help="A JSON Schema that the answer is valid for.")
+]
+Grammar = Annotated[
+    str | None,
+    typer.Option("--grammar", metavar="FILE|TEXT", help="A regular expression or Lark grammar that it follows."),
+]
+
+
+def asked_form(schema: Path | None, grammar: str | None) -> dict[str, Any]:
+    """Read what an answer has to be like, as `stream` takes it. Raises PromptError where a file cannot be read."""
+    if schema is not None:
+        try:
+            return {"schema": json.loads(_text_of(schema)), "grammar": grammar}
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise PromptError(f"{schema} is not JSON ({error}); give a file with a JSON Schema.") from None
+    if grammar is not None and len(grammar) < 1024 and "\n" not in grammar and Path(grammar).is_file():
+        return {"grammar": _text_of(Path(grammar)).strip()}
+    return {"grammar": grammar}
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise PromptError(f"{path} cannot be read ({reason}); check the path.") from None
 
 
 def chosen_decoder(name: str) -> Decoder:
@@ -114,7 +142,7 @@ def make_options(
 def check_foreign(options: GenerationOptions) -> None:
     """Raises PromptError where an option is set that means nothing to the decoder."""
     for field in options.foreign():
-        name = FLAGS[field]
+        name = FLAGS.get(field, field)
         if options.decoder == "diffusion":
             raise PromptError(OF_OTHER_SAMPLERS.format(name=name, bound="--entropy-bound", decoder="--decoder ar"))
         short = next(short for short, own in NAMES.items() if own == options.decoder)

@@ -32,6 +32,8 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "stop": ("stop", lambda text: (text,)),
 }
 NAMES = ("decoder", "mode", *OPTIONS, "heat", "canvas")
+# What `/set mode` sets: all that any mode does.
+OF_MODES = ("max_steps", "stability", "confidence", "active_rows")
 SWITCHES = {"on": True, "off": False}
 UNSET = "default"
 
@@ -65,8 +67,9 @@ def _put(turns: Turns, name: str, value: str) -> None:
         turns.session.options = options.with_decoder(chosen_decoder("diffusion" if value == UNSET else value))
     elif name == "mode":
         chosen = chosen_mode(value)
-        fields = ("max_steps", "stability", "confidence")
-        turns.session.options = _checked(replace(options, **{field: getattr(chosen, field) for field in fields}), name)
+        turns.session.options = _checked(
+            replace(options, **{field: getattr(chosen, field) for field in OF_MODES}), name
+        )
     elif name in OPTIONS:
         field, read = OPTIONS[name]
         kept = getattr(type(options)(), field) if value == UNSET else read(value)

@@ -96,7 +96,7 @@ class ActiveRows(Denoising):
 
     def _read(
         self, state: State, cache: Cache | CacheRows, temperature: float | mx.array, keys: mx.array | None
-    ) -> Reading:
+    ) -> tuple[Reading, mx.array | None]:
         if self._size is None:
             return super()._read(state, cache, temperature, keys)
         # A canvas's first step computes all rows, so that there is something of each.
@@ -107,12 +107,13 @@ class ActiveRows(Denoising):
         soft = mx.take_along_axis(state.soft_embedding, index[..., None], axis=1)
         hidden = self._model.denoise(canvas, cache, soft, places)
         new = self._model.read_vocabulary(hidden, temperature, keys, places)
-        return Reading(
+        reading = Reading(
             _renewed(state.tokens, new.tokens, index),
             _renewed(state.sample, new.sample, index),
             _renewed(state.entropy, new.entropy, index),
             _renewed(state.soft_embedding, new.soft_embedding, index),
         )
+        return reading, None
 
     def _planned(
         self, before: State, after: State, accepted: mx.array, mean: mx.array, finished: mx.array

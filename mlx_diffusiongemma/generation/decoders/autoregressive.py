@@ -62,12 +62,14 @@ class Autoregressive:
         going = [number for number, row in enumerate(shown) if not last[number]]
         rows = [shown[number] for number in going]
         self._rows, self._tokens = [], tokens[:0]
-        if rows:
-            fed = tokens if len(rows) == len(shown) else tokens[mx.array(going)]
-            self._take_part(rows, self._following(rows, fed))
-        found: list[int] = tokens.tolist()  # type: ignore[assignment]  # MLX's stub does not know the number of axes
-        for number in going:
-            shown[number].writer.cache.labels.append(found[number])
+        # Whatever stops this leaves the caches empty, and never with a token that has no label.
+        with CacheRows([row.writer.cache for row in rows]).writing():
+            if rows:
+                fed = tokens if len(rows) == len(shown) else tokens[mx.array(going)]
+                self._take_part(rows, self._following(rows, fed))
+            found: list[int] = tokens.tolist()  # type: ignore[assignment]  # MLX's stub does not know the number of axes
+            for number in going:
+                shown[number].writer.cache.labels.append(found[number])
         for row, token, is_last in zip(shown, found, last, strict=True):
             row.place += 1
             row.writer.count(passes=1)

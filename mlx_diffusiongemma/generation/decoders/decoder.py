@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from .autoregressive import Autoregressive
 from .diffusion import Diffusion
+from .guided import Guided
 from .speculative import Speculative
 
 if TYPE_CHECKING:
@@ -32,8 +33,10 @@ class Decoder(Protocol):
         ...
 
 
-def make_decoder(model: DiffusionGemma, options: Settings) -> Decoder:
-    """The decoder that `options` name."""
+def make_decoder(model: DiffusionGemma, options: Settings, *, in_grammar: bool = False) -> Decoder:
+    """The decoder that `options` name. in_grammar: the one of its kind for replies that follow a grammar."""
+    if in_grammar:
+        return Guided(model, options)
     match options.decoder:
         case "diffusion":
             return Diffusion(model, options)

@@ -189,10 +189,11 @@ class _Draft:
             self._taken += 1
             yield from [(row.writer, row.draft(own)) for row, own in zip(self.rows, shown, strict=True)]
             return
-        found = self._verified()
+        # All rows' caches first: whoever reads an event may stop there. What stops this leaves them empty.
+        with CacheRows([row.writer.cache for row in self.rows]).writing():
+            found = self._verified()
+            events = [row.take(own, self.length - 1, self.steps) for row, own in zip(self.rows, found, strict=True)]
         self.is_verified = True
-        # All rows' caches first: whoever reads an event may stop here.
-        events = [row.take(own, self.length - 1, self.steps) for row, own in zip(self.rows, found, strict=True)]
         for row, own in zip(self.rows, events, strict=True):
             yield from ((row.writer, event) for event in own)
 
@@ -206,7 +207,6 @@ class _Draft:
         options, number, cache = self.options, self._taken + 1, self._cache
         known, canvas = self._state.known, self._state.canvas
         hidden = self.model.denoise(canvas, cache, self._state.soft_embedding if self._taken else None)
-        cache.settle()
         temperature = sampling.temperature(number, self.steps, options.t_min, options.t_max)
         keys = self._keys(number, sampling.SAMPLE)
         reading = self.model.read_vocabulary(hidden, temperature, keys)
@@ -219,6 +219,7 @@ class _Draft:
         soft = mx.where(pinned[..., None], self.model.embed(known), reading.soft_embedding)
         drafted = best if options.temperature == 0 else drawn
         self._state = _State(known, canvas, drafted, soft, hidden, reading.log_total)
+        cache.settle()
         mx.eval(best, accepted, reading.entropy, self._state)
         columns = (np.array(array).tolist() for array in (best, accepted, reading.entropy))
         return [_Shown(number, self.steps + 1, *(column[1:] for column in own)) for own in zip(*columns, strict=True)]

@@ -1,0 +1,381 @@
+"""The decoder of replies that follow a grammar: a causal pass chooses every token among those that may come next.
+
+What the grammar leaves no choice about is not chosen but appended, with the token before it, in one pass. Between such
+passes a canvas may draft the rest of the reply at once: what the grammar fixes along its tokens is pinned, and the pass
+that reads the draft chooses at every place where there is a choice. As long as it chooses what was drafted, the next
+choice holds as well. So the text is the same however good the drafts are, and whether there are any: without them, this
+is the autoregressive decoder, and with them the speculative one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ...events import Event
+from ...model.cache import Cache, CacheRows
+from .. import sampling
+from ..prefix import split_off_end
+from ..sampling import Draws
+from ..writer import cut_at_end
+from .diffusion import draft_of
+from .grammar import Guide, allows, masked
+from .plans import AdaptivePlan, FixedPlan, Plan
+from .speculative import MOST_STEPS, POSITIONS
+from .tokens import REMEMBERED, choose_tokens, penalized, token_keys
+
+if TYPE_CHECKING:
+    from ...model.diffusion_gemma import DiffusionGemma
+    from ...options import Settings
+    from ..writer import Writer
+
+TOKEN = 0  # what a key is for
+CORRECTED = 8  # drafted tokens of a step that may be replaced by the likeliest one that the grammar allows: a read each
+
+
+class Guided:
+    """Replies that follow grammars, together where what they do next has one shape.
+
+    plan: makes what says how long a reply's next draft is and how many steps it takes. None: no drafts for the
+    autoregressive decoder, else an `AdaptivePlan`.
+    """
+
+    def __init__(self, model: DiffusionGemma, options: Settings, plan: Plan | None = None) -> None:
+        self.model, self.options = model, options
+        adaptive = AdaptivePlan(options.canvas_length, min(options.max_steps, MOST_STEPS))
+        self.plan = plan or (FixedPlan(1, 0) if options.decoder == "autoregressive" else adaptive)
+        self._starting: list[tuple[_Row, list[int]]] = []  # each with its first token, if that is chosen
+        self._rounds: list[_Round] = []
+
+    def add(self, writer: Writer) -> Iterator[Event]:
+        tokens = writer.request.prompt.tokens
+        end, images = split_off_end(self.model, writer.request.prompt)
+        yield from writer.read_prompt(end)
+        if writer.finish_reason:
+            return
+        hidden = self.model.encode(mx.array([tokens[end:]]), writer.cache, images)
+        row = _Row(writer, self.plan.start())
+        fixed = row.guide.fork().forced()
+        place = _Place(row, [], _Choice(-1, None, None))
+        first = [] if fixed else _choose(self.model, self.options, hidden[:, -1], [place])
+        self._starting.append((row, first))
+
+    def drop(self, leaving: Sequence[Writer]) -> None:
+        self._starting = [(row, first) for row, first in self._starting if row.writer not in leaving]
+        for group in self._rounds:
+            group.drop(leaving)
+        self._rounds = [group for group in self._rounds if group.rows]
+
+    def step(self) -> Iterator[tuple[Writer, Event]]:
+        starting, self._starting = self._starting, []
+        for row, first in starting:
+            yield from ((row.writer, event) for event in row.advance(first))
+        self._group([row for row, _ in starting])
+        for group in self._rounds:
+            yield from group.step()
+        ended = [group for group in self._rounds if group.is_read]
+        self._rounds = [group for group in self._rounds if not group.is_read]
+        self._group([row for group in ended for row in group.rows])
+
+    def _group(self, rows: Sequence[_Row]) -> None:
+        """Begin the next rounds of the replies that go on: those of one length and number of steps together."""
+        by_shape: dict[tuple[int, int], list[_Row]] = {}
+        for row in rows:
+            if not row.writer.finish_reason:
+                by_shape.setdefault(row.next_shape(), []).append(row)
+        self._rounds += [_Round(self.model, self.options, own, *shape) for shape, own in by_shape.items()]
+
+
+class _Choice(NamedTuple):
+    """A place where the grammar leaves a choice: behind token number `after` of what a pass reads.
+
+    mask: what may come there; None where the row's own guide is there and can say so later. drafted: what the draft has
+    there, where it goes on.
+    """
+
+    after: int
+    mask: np.ndarray | None
+    drafted: int | None
+
+
+class _Path(NamedTuple):
+    """A draft as the grammar has it: its tokens, the known ones first, and its choices, of which at most the last has
+    nothing drafted. fixed: the places of what the grammar forced or corrected.
+    """
+
+    tokens: list[int]
+    choices: list[_Choice]
+    fixed: list[int]
+
+
+class _Row:
+    """One reply: where it is in its grammar, its `known` tokens that the cache does not hold yet, and a plan."""
+
+    def __init__(self, writer: Writer, plan: Plan) -> None:
+        assert writer.request.grammar is not None
+        self.writer, self.plan = writer, plan
+        self.guide = Guide(writer.request.grammar.matcher())
+        self.known: list[int] = []
+        self.round = 0  # of drafting and reading, counted from 1
+        self._shown: _Shown | None = None  # of the draft at hand, after its last step
+
+    def advance(self, tokens: list[int], steps: int = 0) -> list[Event]:
+        """Take in tokens that became certain, and what the grammar adds to them. steps: the denoising steps behind
+        them; the draft at hand, if there is one, is shown once more, as it is now.
+        """
+        writer, ends = self.writer, self.writer.options.end_tokens
+        text, ended = cut_at_end(tokens, ends)
+        self.guide.take(text)
+        self.known = text[-1:]
+        if not ended:
+            forced = self.guide.forced()
+            text, self.known, ended = text + forced, self.known + forced, self.guide.ended
+        limit = writer.model.config.text.max_position_embeddings
+        left = limit - len(writer.request.prompt.tokens) - len(writer.tokens)
+        last = len(text) > left or (len(text) == left and not ended)
+        given = text[:left] if last else text + list(ends[:1]) * ended
+        events: list[Event] = []
+        if self._shown:
+            rest = self._shown.tokens[len(given) :]
+            accepted = [True] * len(given) + [False] * len(rest)
+            entropy = [*self._shown.entropy, *[0.0] * len(given)][: len(accepted)]
+            events.append(draft_of(writer, self.round, steps + 1, steps + 1, [*given, *rest], accepted, entropy))
+        self.round, self._shown = self.round + 1, None
+        return [*events, writer.take(given, steps=steps, last=last)]
+
+    def next_shape(self) -> tuple[int, int]:
+        """The tokens of the next draft, the known ones before them included, and its steps: 0 where there is none."""
+        length, steps = self.plan.shape()
+        known, config = len(self.known), self.writer.model.config
+        context = config.text.max_position_embeddings - self.writer.cache.offset
+        length = min(known + min(length - 1, self.writer.room), config.canvas_length, context)
+        return (length, steps) if steps and length > known else (known, 0)
+
+    def walk(self, best: list[int], correct: Callable[[int, np.ndarray], int]) -> _Path:
+        """Follow the grammar along the tokens `best` of a canvas, which begins with those known.
+
+        correct: finds the likeliest token at a place of those that a mask allows.
+        """
+        guide, tokens, ends = self.guide.fork(), self.known[:], self.writer.options.end_tokens
+        choices: list[_Choice] = []
+        fixed: list[int] = []
+        corrections = CORRECTED
+        while len(tokens) < len(best):
+            place, mask = len(tokens), guide.mask()
+            token = best[place]
+            if not allows(mask, token):
+                if not corrections:
+                    choices.append(_Choice(place - 1, mask, None))
+                    break
+                corrections -= 1
+                token = correct(place, mask)
+                fixed += [place] * (token not in ends)
+            choices.append(_Choice(place - 1, mask, token))
+            if token in ends:
+                break
+            tokens.append(token)
+            guide.take([token])
+            forced = guide.forced()
+            fixed += range(len(tokens), len(tokens) + len(forced))
+            tokens += forced
+            if guide.ended or len(tokens) > len(best):
+                break
+        else:
+            choices.append(_Choice(len(tokens) - 1, guide.mask(), None))
+        return _Path(tokens, choices, [place for place in fixed if place < len(best)])
+
+    def undrafted(self) -> _Path:
+        """The known tokens, and the choice of the one after them."""
+        return _Path(self.known, [_Choice(len(self.known) - 1, None, None)], [])
+
+    def draft(self, shown: _Shown) -> Event:
+        self._shown = shown
+        return draft_of(self.writer, self.round, *shown)
+
+    def take(self, path: _Path, chosen: list[int], read: int, steps: int) -> list[Event]:
+        """Take in what a pass over `read` tokens chose at the path's places, up to where it is not what was drafted."""
+        drafted = [choice.drafted for choice in path.choices if choice.drafted is not None]
+        kept = 0
+        while kept < len(drafted) and chosen[kept] == drafted[kept]:
+            kept += 1
+        last = min(kept, len(path.choices) - 1)
+        held = path.choices[last].after + 1
+        known, cache = len(self.known), self.writer.cache
+        cache.trim(read - held)
+        cache.labels += path.tokens[:held]
+        self.plan.learn(len(drafted), kept)
+        self.writer.count(steps=steps or None, passes=1)
+        return self.advance([*path.tokens[known:held], chosen[last]], steps)
+
+
+class _Shown(NamedTuple):
+    """A draft as a step leaves it, without the known tokens that it begins with."""
+
+    step: int
+    max_steps: int
+    tokens: list[int]
+    accepted: list[bool]
+    entropy: list[float]
+
+
+class _Round:
+    """Some replies' next passes of one shape: a draft of `length` tokens, denoised for `steps` steps, and the causal
+    pass that reads it; or, without steps, the pass alone.
+    """
+
+    def __init__(self, model: DiffusionGemma, options: Settings, rows: list[_Row], length: int, steps: int) -> None:
+        self.model, self.options, self.rows = model, options, rows
+        self.length, self.steps = length, steps
+        self.is_read = False
+        self._taken = 0  # steps
+        self._paths = [row.undrafted() for row in rows]
+        self._canvas = self._soft = mx.zeros((0,))
+        if steps:
+            self._canvas = self._pinned(self._noise(0))
+
+    def drop(self, leaving: Sequence[Writer]) -> None:
+        staying = [number for number, row in enumerate(self.rows) if row.writer not in leaving]
+        if len(staying) == len(self.rows):
+            return
+        for row in self.rows:
+            row.writer.cache.release()
+        self.rows, self._paths = [self.rows[n] for n in staying], [self._paths[n] for n in staying]
+        if self.rows and self.steps:
+            self._canvas = self._canvas[mx.array(staying)]
+            self._soft = self._soft[mx.array(staying)] if self._taken else self._soft
+
+    def step(self) -> Iterator[tuple[Writer, Event]]:
+        """Compute the next pass, and give each row's events."""
+        if self._taken < self.steps:
+            shown = self._denoised()
+            yield from [(row.writer, row.draft(own)) for row, own in zip(self.rows, shown, strict=True)]
+            return
+        chosen, read = self._read()
+        self.is_read = True
+        # All rows' caches first: whoever reads an event may stop here.
+        rows = zip(self.rows, self._paths, chosen, strict=True)
+        events = [row.take(path, own, read, self.steps) for row, path, own in rows]
+        for row, found in zip(self.rows, events, strict=True):
+            yield from ((row.writer, event) for event in found)
+
+    @property
+    def _cache(self) -> Cache | CacheRows:
+        caches = [row.writer.cache for row in self.rows]
+        return caches[0] if len(caches) == 1 else CacheRows(caches)
+
+    def _denoised(self) -> list[_Shown]:
+        """Take a step of the diffusion decoder's, on a schedule of this many, and pin what the grammar fixes."""
+        options, number, cache = self.options, self._taken + 1, self._cache
+        hidden = self.model.denoise(self._canvas, cache, self._soft if self._taken else None)
+        cache.settle()
+        temperature = sampling.temperature(number, self.steps, options.t_min, options.t_max)
+        reading = self.model.read_vocabulary(hidden, temperature, self._keys(number, sampling.SAMPLE))
+        assert reading.sample is not None and reading.soft_embedding is not None
+        accepted = sampling.accept(reading.entropy, options.entropy_bound)
+        mx.eval(hidden, reading.tokens, accepted, reading.entropy, reading.sample, reading.soft_embedding)
+        best: list[list[int]] = np.array(reading.tokens).tolist()
+        self._paths = [
+            row.walk(own, self._corrector(hidden[n])) for n, (row, own) in enumerate(zip(self.rows, best, strict=True))
+        ]
+        self._canvas = self._pinned(mx.where(accepted, reading.sample, self._noise(number)))
+        self._soft = mx.where(
+            mx.array(self._pins() >= 0)[..., None], self.model.embed(self._canvas), reading.soft_embedding
+        )
+        mx.eval(self._canvas, self._soft)
+        self._taken += 1
+        columns = zip(self.rows, self._paths, best, np.array(accepted), np.array(reading.entropy), strict=True)
+        return [
+            _Shown(
+                number,
+                self.steps + 1,
+                [*path.tokens, *own[len(path.tokens) :]][len(row.known) : self.length],
+                *(column[len(row.known) :].tolist() for column in (is_accepted, entropy)),
+            )
+            for row, path, own, is_accepted, entropy in columns
+        ]
+
+    def _corrector(self, hidden: mx.array) -> Callable[[int, np.ndarray], int]:
+        """What finds the likeliest token that a mask allows at a place of hidden [L, H]."""
+
+        def correct(place: int, mask: np.ndarray) -> int:
+            logits = self.model.logits(hidden[None, place : place + 1])[0]
+            return int(np.array(masked(logits, [mask]).argmax()))
+
+        return correct
+
+    def _read(self) -> tuple[list[list[int]], int]:
+        """What a causal pass chooses at every place of each row's path, and how many tokens the pass read."""
+        ends = [path.choices[-1].after + 1 for path in self._paths]
+        read = max(ends)
+        # Those behind a row's own are read for nothing, and trimmed off.
+        tokens = [[*path.tokens[:end], *[0] * (read - end)] for path, end in zip(self._paths, ends, strict=True)]
+        hidden = self.model.encode_lazily(mx.array(tokens), self._cache)
+        mx.async_eval(hidden)
+        where = [(n, choice.after) for n, path in enumerate(self._paths) for choice in path.choices]
+        places = [
+            _Place(row, path.tokens, choice)
+            for row, path in zip(self.rows, self._paths, strict=True)
+            for choice in path.choices
+        ]
+        rows, columns = zip(*where, strict=True)
+        found = iter(_choose(self.model, self.options, hidden[mx.array(rows), mx.array(columns)], places))
+        return [[next(found) for _ in path.choices] for path in self._paths], read
+
+    def _pinned(self, canvas: mx.array) -> mx.array:
+        """The canvas [B, L] with the known tokens, and those that the grammar fixes, at their places."""
+        pins = mx.array(self._pins())
+        return mx.where(pins < 0, canvas, pins)
+
+    def _pins(self) -> np.ndarray:
+        """The tokens that are known or fixed, [B, L]; -1 where the canvas is free."""
+        pins = np.full((len(self.rows), self.length), -1, np.int32)
+        for own, row, path in zip(pins, self.rows, self._paths, strict=True):
+            own[: len(row.known)] = row.known
+            own[path.fixed] = [path.tokens[place] for place in path.fixed]
+        return pins
+
+    def _keys(self, step: int, purpose: int) -> mx.array:
+        draws = [Draws(row.writer.options.seed, 0, row.round) for row in self.rows]
+        return sampling.draw_keys(draws, [step] * len(draws), purpose)
+
+    def _noise(self, step: int) -> mx.array:
+        return sampling.noise(self._keys(step, sampling.NOISE), self.length, self.model.config.text.vocab_size)
+
+
+class _Place(NamedTuple):
+    """A choice of a row, behind the tokens that a pass reads."""
+
+    row: _Row
+    tokens: list[int]
+    choice: _Choice
+
+    @property
+    def number(self) -> int:
+        """The place in the reply of the token to choose."""
+        return len(self.row.writer.tokens) - len(self.row.known) + self.choice.after + 1
+
+    @property
+    def before(self) -> list[int]:
+        """The tokens before it that a penalty looks at."""
+        writer, read = self.row.writer, self.tokens[: self.choice.after + 1]
+        earlier = writer.tokens[: len(writer.tokens) - len(self.row.known)]
+        return [*writer.request.prompt.tokens[-REMEMBERED:], *earlier[-REMEMBERED:], *read][-REMEMBERED:]
+
+
+def _choose(model: DiffusionGemma, options: Settings, hidden: mx.array, places: Sequence[_Place]) -> list[int]:
+    """Choose a token at each place, after hidden [N, H]: the masks are asked for while the device computes those."""
+    masks = [place.row.guide.mask() if place.choice.mask is None else place.choice.mask for place in places]
+    keys = token_keys([place.row.writer.options.seed for place in places], [place.number for place in places], TOKEN)
+    found: list[int] = []
+    for start in range(0, len(places), POSITIONS):
+        part = slice(start, start + POSITIONS)
+        logits = model.logits(hidden[None, part])[0]
+        if options.repetition_penalty != 1:
+            windows = (mx.array(place.before) for place in places[part])
+            rows = zip(logits, windows, strict=True)
+            logits = mx.concatenate([penalized(row[None], options, before) for row, before in rows])
+        found += np.array(choose_tokens(masked(logits, masks[part]), options, keys[part])).tolist()
+    return found
