@@ -47,21 +47,53 @@ def function_tools(tools: Sequence[dict[str, Any]] | None, choice: Any) -> list[
     """OpenAI's tools as the model reads them. Raises PromptError where a field of them cannot be honoured."""
     for number, tool in enumerate(tools or ()):
         function = tool.get("function")
-        if isinstance(function, dict) and function.get("strict"):
-            raise PromptError(f"`tools[{number}].function.strict` cannot be honoured here; leave it out.")
-    check_tool_choice(choice)
+        check_strict(isinstance(function, dict) and function.get("strict"), choice, f"tools[{number}].function.strict")
     return [] if choice == "none" else list(tools or ())
 
 
-def check_tool_choice(choice: Any) -> None:
-    """Raises PromptError where calls are asked for that the model need not make."""
-    one_of("tool_choice", "auto" if choice is None else choice, ("auto", "none"))
+def check_strict(strict: Any, choice: Any, field: str) -> None:
+    """Raises PromptError where a tool's arguments must be valid, and calls are left to the model."""
+    if strict and chosen_tool(choice) is None and choice != "none":
+        raise PromptError(
+            f"`{field}` cannot be honoured where the model may call or not; leave it out, or set `tool_choice` to "
+            "required or the tool's name."
+        )
 
 
-def check_format(response_format: Any) -> None:
-    """Raises PromptError where a reply must have a form that nothing holds it to."""
-    kind = response_format.get("type") if isinstance(response_format, dict) else response_format
-    one_of("response_format.type", "text" if kind is None else kind, ("text",))
+def chosen_tool(choice: Any) -> str | None:
+    """The tool that must be called, "required" for any of them, None where that is left to the model. Raises
+    PromptError.
+    """
+    if isinstance(choice, dict) and choice.get("type") == "function":
+        function = choice.get("function", choice)
+        choice = ("function", function.get("name") if isinstance(function, dict) else None)
+    match choice:
+        case None | "auto" | "none":
+            return None
+        case "required":
+            return "required"
+        case ("function", str(name)):
+            return name
+    raise PromptError(
+        f"`tool_choice` is {choice!r}, which this server cannot do; it knows auto, none, required, a tool."
+    )
+
+
+def schema_of(form: Any, field: str) -> Any:
+    """The JSON Schema that a `response_format`, or what other interfaces call so, asks for; None where it is text.
+    Raises PromptError.
+    """
+    kind = form.get("type", "text") if form else "text"
+    one_of(f"{field}.type", kind, ("text", "json_object", "json_schema"))
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    own = form.get("json_schema", form)
+    schema = own.get("schema") if isinstance(own, dict) else None
+    if not isinstance(schema, dict):
+        raise PromptError(f"`{field}` has no schema; send it as JSON Schema.")
+    return schema
 
 
 def is_thinking(effort: str | None) -> bool:

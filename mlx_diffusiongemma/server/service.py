@@ -16,7 +16,24 @@ from .work.engine import Engine
 from .work.waiting import Item, Job, Turn
 
 if TYPE_CHECKING:
+    from ..model.diffusion_gemma import DiffusionGemma
     from ..processing.processor import Processor, Prompt
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form that a reply must have. schema: a JSON Schema that it is valid for. tool_choice: "required" for calls of
+    tools alone, or the name of the one to call. At most one of the two.
+    """
+
+    schema: Any = None
+    tool_choice: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.schema is not None or self.tool_choice is not None
+
+
+FREE = Form()
 
 
 @dataclass(frozen=True)
@@ -46,15 +63,17 @@ class Service:
                 f"There is no model {name!r} here; ask for {self.name!r}.", 404, code="model_not_found", param="model"
             )
 
-    def request_options(self, fields: Mapping[str, Any]) -> GenerationOptions:
+    def request_options(self, fields: Mapping[str, Any], form: Form = FREE) -> GenerationOptions:
         """The options of a request whose `fields` are named as in `GenerationOptions`; None is the server's own.
 
         Clients send a temperature and the like to every model, and the diffusion decoder has a schedule of its own: it
-        leaves out what only causal decoders know. Raises PromptError.
+        leaves out what only causal decoders know. In a form every token is chosen causally. Raises PromptError.
         """
         given = {name: value for name, value in fields.items() if value is not None}
         options = self.options.with_decoder(given.pop("decoder", self.options.decoder))
-        unused = OF_CAUSAL_DECODERS if options.decoder == "diffusion" else ()
+        unused = OF_CAUSAL_DECODERS if options.decoder == "diffusion" and not form else ()
+        if form:
+            options = replace(options, stability=None, confidence=None, active_rows=None)  # of whole canvases
         return replace(options, **{name: value for name, value in given.items() if name not in unused})
 
     def canvas_options(self, fields: Mapping[str, Any]) -> GenerationOptions:
@@ -80,7 +99,7 @@ class Service:
             )
         )
 
-    def reply(
+    async def reply(
         self,
         prompt: Prompt,
         options: GenerationOptions,
@@ -88,10 +107,10 @@ class Service:
         *,
         drafts: bool = False,
         canvas: Canvas | None = None,
-        urgent: bool = False,
+        form: Form = FREE,
     ) -> Job:
         """Queue a reply. canvas: what it starts from. Raises Refusal and PromptError before anything is computed."""
-        options = self.checked(prompt, options)
+        options = self.checked(prompt, options, form)
         if canvas is not None:
             canvas = Canvas(canvas.tokens[: options.max_tokens])
 
@@ -101,23 +120,37 @@ class Service:
                 turn.processor,
                 prompt,
                 canvas=canvas,
+                schema=form.schema,
+                tool_choice=form.tool_choice,
                 options=options,
                 cache=turn.cache,
                 cancel=turn.cancel,
             )
 
-        make_request(self.engine.loaded.model, self.engine.loaded.processor, prompt, options=options, canvas=canvas)
-        job = Job(work, prompt, caller, drafts=drafts, urgent=urgent)
+        def check(model: DiffusionGemma, processor: Processor) -> None:
+            make_request(
+                model,
+                processor,
+                prompt,
+                canvas=canvas,
+                schema=form.schema,
+                tool_choice=form.tool_choice,
+                options=options,
+            )
+
+        model, processor, _ = self.engine.loaded
+        await self.engine.prepare(lambda: check(model, processor))
+        job = Job(work, prompt, caller, drafts=drafts)
         self.engine.submit(job)
         return job
 
-    def checked(self, prompt: Prompt, options: GenerationOptions) -> GenerationOptions:
+    def checked(self, prompt: Prompt, options: GenerationOptions, form: Form = FREE) -> GenerationOptions:
         """The options with a reply no longer than the context allows. Raises Refusal where the prompt leaves no room,
         and PromptError.
         """
         model = self.engine.loaded.model
-        settings = request_options(model, options)
-        least = 1 if settings.decoder == "autoregressive" else settings.canvas_length
+        settings = request_options(model, options, in_grammar=bool(form))
+        least = settings.canvas_length if settings.decoder == "diffusion" and not form else 1
         most, count = self.most_tokens, len(prompt.tokens)
         if count + least > most:
             raise Refusal(

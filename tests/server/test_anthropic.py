@@ -1,5 +1,7 @@
 """Anthropic's messages, asked by the official client, every event checked strictly against its types."""
 
+import json
+
 import anthropic
 import pytest
 from anthropic.types import Message, RawMessageStreamEvent
@@ -98,6 +100,7 @@ def test_system_messages_may_stand_in_the_conversation(server):
         ("tool_choice", {"type": "any"}),
         ("tool_choice", {"type": "tool", "name": "get_weather"}),
         ("output_config", {"format": {"type": "json_schema"}}),
+        ("tool_choice", {"type": "other"}),
         ("max_tokens", 0),
         ("messages", [{"role": "assistant", "content": "x"}]),
         ("messages", [{"role": "user", "content": [{"type": "document"}]}]),
@@ -109,6 +112,18 @@ def test_what_cannot_be_honoured_is_an_error_of_the_clients(client, field, value
     with pytest.raises(anthropic.BadRequestError) as caught:
         client.messages.create(model="", **given)
     assert caught.value.body["type"] == "error" and caught.value.body["error"]["type"] == "invalid_request_error"
+
+
+def test_a_reply_has_the_form_that_is_asked_for(client):
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
+    schema["additionalProperties"] = False
+    given = {"model": "", "max_tokens": 60, "messages": user("json name=bob age=12")}
+    form = {"format": {"type": "json_schema", "schema": schema}}
+    reply = client.messages.create(**given, extra_body={"output_config": form, "seed": 0})
+    assert json.loads(reply.content[0].text).keys() == {"ok"}
+    choice = {"type": "tool", "name": "get_weather"}
+    reply = client.messages.create(**given, tools=[TOOL], tool_choice=choice, extra_body={"seed": 0})
+    assert reply.content[0].name == "get_weather" and isinstance(reply.content[0].input["city"], str)
 
 
 def test_silence_is_filled_with_pings(server, monkeypatch):

@@ -3,13 +3,14 @@
 import base64
 import json
 from pathlib import Path
+from typing import Literal
 
 import openai
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response, ResponseStreamEvent
-from pydantic import TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 from servers import data_of, user
 
 from mlx_diffusiongemma import GenerationOptions, generate
@@ -138,9 +139,12 @@ def test_a_prediction_is_accounted_for(client):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "grammar"}),
+        ("response_format", {"type": "json_schema"}),
         ("tool_choice", "required"),
         ("tool_choice", {"type": "function", "function": {"name": "get_weather"}}),
+        ("tool_choice", {"type": "allowed_tools"}),
+        ("tools", [{"type": "function", "function": {**WEATHER, "strict": True}}]),
         ("n", 2),
         ("logprobs", True),
         ("diffusing", True),
@@ -218,6 +222,48 @@ def test_a_response_calls_tools_and_goes_on(client):
     ]
     second = client.responses.create(model="", input=given, tools=tools, extra_body={"seed": 0})
     assert second.output_text == "lima: rain"
+
+
+class Person(BaseModel):
+    name: Literal["ada", "bob"]
+    age: int = Field(ge=0, le=99)
+
+
+class Team(BaseModel):
+    lead: Person
+    others: list[Person] = Field(min_length=1, max_length=2)
+
+
+def test_a_reply_is_valid_for_its_schema(client):
+    for seed in range(2):
+        given = {"model": "", "messages": user("json name=bob age=12"), "seed": seed, "max_tokens": 200}
+        reply = client.chat.completions.parse(**given, response_format=Team, extra_body=FEW)
+        assert isinstance(reply.choices[0].message.parsed, Team) and reply.choices[0].finish_reason == "stop"
+    reply = client.responses.parse(model="", input=user("json name=bob age=12"), text_format=Person, extra_body=FEW)
+    assert isinstance(reply.output_parsed, Person)
+
+
+def test_a_json_object_is_one(server):
+    body = {"messages": user("sort 21"), "response_format": {"type": "json_object"}, "seed": 0, "max_tokens": 20}
+    (choice,) = server.post("/v1/chat/completions", **body, **FEW).json()["choices"]
+    assert choice["message"]["content"].startswith("{")
+    assert choice["finish_reason"] == "length" or isinstance(json.loads(choice["message"]["content"]), dict)
+
+
+def test_a_keyword_that_cannot_be_honoured_is_named(server):
+    schema = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    reply = server.post("/v1/chat/completions", messages=user("x"), response_format=form, stream=True)
+    assert reply.status_code == 400 and "uniqueItems" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_a_call_can_be_required(client, choice):
+    tools = [{"type": "function", "function": {**WEATHER, "strict": True}}]
+    given = {"model": "", "messages": user("sort 21"), "tools": tools, "tool_choice": choice, "seed": 0}
+    reply = client.chat.completions.create(**given, max_tokens=60, extra_body={**FEW, "temperature": 0})
+    (call, *_) = reply.choices[0].message.tool_calls
+    assert call.function.name == "get_weather" and isinstance(json.loads(call.function.arguments)["city"], str)
 
 
 def test_a_response_that_is_cut_is_incomplete(client):

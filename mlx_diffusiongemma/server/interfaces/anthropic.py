@@ -12,12 +12,11 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
-from ...errors import PromptError
 from ...events import Commit, Done, Stats, ToolCall
 from ...processing.processor import Prompt
 from ..answering import EventStream, data_frame, error_frame, items_of, whole
-from ..fields import Piece, SamplingFields, caller_of, pieces_of
-from ..service import Service, one_of
+from ..fields import Piece, SamplingFields, caller_of, chosen_tool, pieces_of, schema_of
+from ..service import Form, Service
 from ..work.waiting import Job
 from .anthropic_messages import chat_messages, function_schemas
 
@@ -35,6 +34,23 @@ class CountBody(BaseModel):
     output_config: dict[str, Any] | None = None
     output_format: dict[str, Any] | None = None
     model: str | None = None
+
+    @property
+    def format(self) -> Any:
+        """The form that the reply must have, under its newer name or its older one."""
+        return (self.output_config or {}).get("format") or self.output_format
+
+    @property
+    def choice(self) -> Any:
+        """The tool to call, in OpenAI's words."""
+        match self.tool_choice or {"type": "auto"}:
+            case {"type": "any"}:
+                return "required"
+            case {"type": "tool", "name": name}:
+                return {"type": "function", "name": name}
+            case {"type": kind}:
+                return kind
+        return self.tool_choice
 
 
 class MessagesBody(CountBody, SamplingFields):
@@ -54,8 +70,9 @@ def routes(service: Service) -> APIRouter:
         """Answer messages."""
         prompt = await _prompt(service, body)
         stops = tuple(text for text in body.stop_sequences or () if text)
-        options = service.request_options({**body.sampling(), "max_tokens": body.max_tokens, "stop": stops})
-        job = service.reply(prompt, options, caller_of(request))
+        form = Form(schema_of(body.format, "output_config.format"), chosen_tool(body.choice))
+        options = service.request_options({**body.sampling(), "max_tokens": body.max_tokens, "stop": stops}, form)
+        job = await service.reply(prompt, options, caller_of(request), form=form)
         message = MessageWriter(service.name, len(prompt.tokens))
         if body.stream:
             return EventStream(_frames(request, service, job, message), PING)
@@ -72,12 +89,7 @@ def routes(service: Service) -> APIRouter:
 
 async def _prompt(service: Service, body: CountBody) -> Prompt:
     service.check_model(body.model)
-    choice = (body.tool_choice or {}).get("type", "auto")
-    one_of("tool_choice.type", choice, ("auto", "none"))
-    if body.output_format or (body.output_config or {}).get("format"):
-        name = "output_format" if body.output_format else "output_config.format"
-        raise PromptError(f"`{name}` cannot be honoured here; leave it out.")
-    tools = [] if choice == "none" else function_schemas(body.tools or [])
+    tools = [] if body.choice == "none" else function_schemas(body.tools or [], body.choice)
     thinking = (body.thinking or {}).get("type", "disabled") != "disabled"
     return await service.chat_prompt(chat_messages(body.system, body.messages), tools, thinking)
 

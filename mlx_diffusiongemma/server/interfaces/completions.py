@@ -66,7 +66,7 @@ def routes(service: Service) -> APIRouter:
         prompt = await service.prompt(
             lambda processor: processor.raw_prompt(text) if isinstance(text, str) else processor.prompt(text)
         )
-        job = service.reply(prompt, service.request_options(given), caller_of(request))
+        job = await service.reply(prompt, service.request_options(given), caller_of(request))
         head = _head(service)
         if body.stream:
             return EventStream(_continued(request, service, body, job, head))

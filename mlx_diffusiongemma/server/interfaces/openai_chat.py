@@ -21,16 +21,17 @@ from ..answering import EventStream, data_frame, error_frame, items_of, result_o
 from ..fields import (
     SamplingFields,
     caller_of,
-    check_format,
+    chosen_tool,
     finish_of,
     function_tools,
     is_thinking,
     pieces_of,
+    schema_of,
     stops_of,
     timings,
     usage,
 )
-from ..service import Service
+from ..service import Form, Service
 from ..work.waiting import Job
 
 
@@ -114,19 +115,19 @@ def routes(service: Service) -> APIRouter:
 
 async def _ask(request: Request, service: Service, body: ChatBody) -> _Asked:
     service.check_model(body.model)
-    check_format(body.response_format)
+    form = Form(schema_of(body.response_format, "response_format"), chosen_tool(body.tool_choice))
     if body.n not in (None, 1) or body.logprobs:
         field = "logprobs" if body.logprobs else "n"
         raise PromptError(f"`{field}` cannot be honoured: there is one reply, without probabilities; leave it out.")
     if body.diffusing and not body.stream:
         raise PromptError("`diffusing` shows drafts as they come; set `stream` to true too.")
     most = body.max_completion_tokens or body.max_tokens
-    options = service.request_options({**body.sampling(), "max_tokens": most, "stop": stops_of(body.stop)})
+    options = service.request_options({**body.sampling(), "max_tokens": most, "stop": stops_of(body.stop)}, form)
     prompt = await service.chat_prompt(body.messages, function_tools(body.tools, body.tool_choice), body.thinking)
     predicted = _prediction(service, body.prediction)
-    canvas = Canvas(predicted) if predicted and options.decoder == "diffusion" else None
+    canvas = Canvas(predicted) if predicted and options.decoder == "diffusion" and not form else None
     drafts = body.diffusing or body.frames
-    job = service.reply(prompt, options, caller_of(request), drafts=drafts, canvas=canvas)
+    job = await service.reply(prompt, options, caller_of(request), drafts=drafts, canvas=canvas, form=form)
     return _Asked(request, service, body, job, predicted if canvas else None)
 
 

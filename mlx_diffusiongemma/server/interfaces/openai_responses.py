@@ -12,9 +12,9 @@ from starlette.responses import JSONResponse, Response
 from ...errors import PromptError
 from ...events import Commit, Done
 from ..answering import EventStream, data_frame, items_of, whole
-from ..fields import SamplingFields, caller_of, check_tool_choice, is_thinking, pieces_of
+from ..fields import SamplingFields, caller_of, chosen_tool, is_thinking, pieces_of, schema_of
 from ..refusals import as_refusal
-from ..service import Service, one_of
+from ..service import Form, Service
 from ..work.waiting import Job
 from .responses_input import chat_messages, function_schemas
 from .responses_output import ResponseWriter
@@ -48,11 +48,12 @@ def routes(service: Service) -> APIRouter:
         """Answer a conversation."""
         service.check_model(body.model)
         _check(body)
-        tools = [] if body.tool_choice == "none" else function_schemas(body.tools or [])
+        form = Form(schema_of((body.text or {}).get("format"), "text.format"), chosen_tool(body.tool_choice))
+        tools = [] if body.tool_choice == "none" else function_schemas(body.tools or [], body.tool_choice)
         thinking = is_thinking((body.reasoning or {}).get("effort"))
         prompt = await service.chat_prompt(chat_messages(body.instructions, body.input), tools, thinking)
-        options = service.request_options({**body.sampling(), "max_tokens": body.max_output_tokens})
-        job = service.reply(prompt, options, caller_of(request))
+        options = service.request_options({**body.sampling(), "max_tokens": body.max_output_tokens}, form)
+        job = await service.reply(prompt, options, caller_of(request), form=form)
         echoed = {
             "model": service.name,
             "instructions": body.instructions,
@@ -81,9 +82,6 @@ def _check(body: ResponsesBody) -> None:
     ):
         if value:
             raise PromptError(f"`{name}` cannot be honoured: nothing is stored here; send the whole conversation.")
-    check_tool_choice(body.tool_choice)
-    form = (body.text or {}).get("format") or {}
-    one_of("text.format.type", form.get("type", "text"), ("text",))
 
 
 async def _write(request: Request, service: Service, job: Job, writer: ResponseWriter) -> None:
