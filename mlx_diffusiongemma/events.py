@@ -106,11 +106,11 @@ class Stats:
     cached_tokens: int = 0
     generated_tokens: int = 0
     steps: list[int] = field(default_factory=list)
-    passes: int = 0
     retries: int = 0
     prompt_seconds: float = 0.0
     denoise_seconds: float = 0.0
     peak_memory_bytes: int = 0
+    passes: int = 0
 
     @property
     def prompt_tokens_per_second(self) -> float:

@@ -52,6 +52,11 @@ class WholeFile:
             self._remove()
             raise
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether the place itself is written to: a pipe, a terminal or another device."""
+        return self._unfinished is None
+
     def keep(self) -> None:
         """Put the file, as it is now, in its place; where that fails, drop it and raise why."""
         try:

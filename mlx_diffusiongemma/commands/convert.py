@@ -150,6 +150,8 @@ def convert(
     remember(out, notice)
     say(report.render())
     if prompts:
+        count = f"{len(prompts)} prompt{'s' * (len(prompts) != 1)}"
+        say(f"Comparing answers to {count} with the unquantized model's, which takes as long as all of them…")
         say(measure(out, source, prompts, revision=revision, stream=stream).render())
     if upload:
         say(upload_checkpoint(out, upload, force=force))

@@ -82,7 +82,7 @@ class TraceWriter:
             return
         try:
             with explained(self.path, TRACE):
-                if self._whole.file.seekable():
+                if not self._whole.is_direct:
                     self._whole.file.truncate(self._written)  # without a line that was cut
                 self._whole.keep()
         finally:

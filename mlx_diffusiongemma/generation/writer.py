@@ -51,13 +51,16 @@ class Writer:
         return self.options.max_tokens - len(self.tokens)
 
     def read_prompt(self, end: int | None = None) -> Iterator[Prefill]:
-        """Encode what the cache does not hold yet of the prompt's first `end` tokens, a chunk at a time. None: all."""
+        """Encode what the cache does not hold yet of the prompt's first `end` tokens, a chunk at a time. None: all.
+
+        With fewer than all, the decoder reads the last ones itself, which counts as done.
+        """
         total = len(self.request.prompt.tokens)
         for number, done in enumerate(encode_prompt(self.model, self.cache, self.request.prompt, end)):
             if number == 0:
                 self._stats = replace(self._stats, cached_tokens=done)
             if number or self.request.cache is not None:
-                yield Prefill(done, total)
+                yield Prefill(total if done == end else done, total)
             self.notice_cancel()
             if self.finish_reason:
                 break

@@ -128,3 +128,8 @@ def test_a_replay_is_not_slowed_by_drawing(tmp_path, capsys):
     started = time.monotonic()
     replay(written(tmp_path / "trace", EVENTS * 100))
     assert time.monotonic() - started < 5
+
+
+def test_a_trace_can_go_nowhere():
+    with TraceWriter("/dev/null") as writer:
+        writer.write(Prefill(1, 1))

@@ -253,11 +253,12 @@ class _Round:
             shown = self._denoised()
             yield from [(row.writer, row.draft(own)) for row, own in zip(self.rows, shown, strict=True)]
             return
-        chosen, read = self._read()
+        # All rows' caches first: whoever reads an event may stop there. What stops this leaves them empty.
+        with CacheRows([row.writer.cache for row in self.rows]).writing():
+            chosen, read = self._read()
+            rows = zip(self.rows, self._paths, chosen, strict=True)
+            events = [row.take(path, own, read, self.steps) for row, path, own in rows]
         self.is_read = True
-        # All rows' caches first: whoever reads an event may stop here.
-        rows = zip(self.rows, self._paths, chosen, strict=True)
-        events = [row.take(path, own, read, self.steps) for row, path, own in rows]
         for row, found in zip(self.rows, events, strict=True):
             yield from ((row.writer, event) for event in found)
 
@@ -270,11 +271,11 @@ class _Round:
         """Take a step of the diffusion decoder's, on a schedule of this many, and pin what the grammar fixes."""
         options, number, cache = self.options, self._taken + 1, self._cache
         hidden = self.model.denoise(self._canvas, cache, self._soft if self._taken else None)
-        cache.settle()
         temperature = sampling.temperature(number, self.steps, options.t_min, options.t_max)
         reading = self.model.read_vocabulary(hidden, temperature, self._keys(number, sampling.SAMPLE))
         assert reading.sample is not None and reading.soft_embedding is not None
         accepted = sampling.accept(reading.entropy, options.entropy_bound)
+        cache.settle()
         mx.eval(hidden, reading.tokens, accepted, reading.entropy, reading.sample, reading.soft_embedding)
         best: list[list[int]] = np.array(reading.tokens).tolist()
         self._paths = [
