@@ -33,6 +33,7 @@ class Metrics:
         self._totals: defaultdict[str, float] = defaultdict(float)
         self._peak = 0
         self._jobs = 0
+        self._step_seconds = 0.0  # of jobs that denoised
 
     def answered(self, path: str, status: int) -> None:
         with self._lock:
@@ -42,6 +43,7 @@ class Metrics:
         """Add what a job took."""
         with self._lock:
             self._jobs += 1
+            self._step_seconds += stats.denoise_seconds if stats.steps else 0.0
             self._peak = max(self._peak, stats.peak_memory_bytes)
             for name, value in (
                 ("prompt_tokens", stats.prompt_tokens),
@@ -62,7 +64,7 @@ class Metrics:
     def seconds_per_step(self) -> float:
         """The mean time of a denoising step so far; 0 before the first."""
         with self._lock:
-            return self._totals["denoise_seconds"] / max(self._totals["steps"], 1)
+            return self._step_seconds / max(self._totals["steps"], 1)
 
     def text(self, gauges: dict[str, int]) -> str:
         """Write all of it. gauges: what is read off rather than counted."""
