@@ -27,6 +27,7 @@ from .commands.infill import infill
 from .commands.keeping.logs import logs
 from .commands.models import models
 from .commands.replay import replay
+from .commands.serving.serve import serve
 from .errors import DiffusionGemmaError
 
 EXAMPLES = {
@@ -70,6 +71,10 @@ EXAMPLES = {
         mlx-dg bench --plan --context 32768
         mlx-dg bench --steps 4,8 --json > report.json
         mlx-dg bench --against mlx-community/gemma-3-4b-it-4bit""",
+    "serve": """
+        mlx-dg serve
+        mlx-dg serve --model my-finetune-8bit --port 8012
+        mlx-dg serve --host 0.0.0.0 --api-key "$(cat key.txt)" --queue 8""",
     "models": """
         mlx-dg models
         mlx-dg generate "Hello" --model my-finetune-8bit
@@ -257,6 +262,7 @@ app.command(cls=Verb, epilog=_epilog("generate"), short_help="Answer a prompt.")
 app.command(cls=Verb, epilog=_epilog("chat"), short_help="Talk; every turn costs only what is new.")(chat)
 app.command(cls=Verb, epilog=_epilog("infill"), short_help="Fill the holes in a text and print it.")(infill)
 app.command(cls=Verb, epilog=_epilog("edit"), short_help="Rewrite some lines of a file; print the diff.")(edit)
+app.command(cls=Verb, epilog=_epilog("serve"), short_help="Let apps use the model; a page to watch it.")(serve)
 app.command(cls=Verb, epilog=_epilog("demo"), short_help="Run the small checkpoint in this package.")(demo)
 app.add_typer(models, name="models", epilog=_epilog("models"), short_help="List the models known here; remove one.")
 app.add_typer(logs, name="logs", epilog=_epilog("logs"), short_help="List, print or delete kept conversations.")

@@ -34,3 +34,12 @@ def demo_4bit(tmp_path_factory):
     out = tmp_path_factory.mktemp("checkpoints") / "demo-4bit"
     convert_checkpoint(DEMO, out, bits=4)
     return out
+
+
+@pytest.fixture(scope="session")
+def server(demo_float32):
+    """A running server with the demo checkpoint, for tests that only ask it."""
+    from servers import loader, running
+
+    with running(loader(demo_float32)) as live:
+        yield live

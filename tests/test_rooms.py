@@ -28,7 +28,7 @@ LAYERS = [
     {"generation"},
     {"filling", "display"},
     {"convert"},
-    {"benchmark"},
+    {"benchmark", "server"},
     {"commands"},
     {"cli"},
     {"freezing"},

@@ -163,15 +163,26 @@ def load_model(name: str | None, *, yes: bool = False) -> tuple[DiffusionGemma, 
 
     yes: download what is missing without asking.
     """
-    import warnings
+    return load_source(announced_model(name, yes=yes))
 
-    from .. import load
+
+def announced_model(name: str | None, *, yes: bool = False) -> str:
+    """Find what `--model` names, or what is used without it, and agree on its download. Raises CheckpointError."""
     from ..checkpoints.hub import CONVERTED
-    from ..checkpoints.remembered import remember
-    from ..errors import MemoryWarning
 
     source = named_model(name)
     announce_download(source, None, CONVERTED, yes=yes)
+    return source
+
+
+def load_source(source: str) -> tuple[DiffusionGemma, Processor]:
+    """Load the model in a directory or repository and remember it. Raises CheckpointError."""
+    import warnings
+
+    from .. import load
+    from ..checkpoints.remembered import remember
+    from ..errors import MemoryWarning
+
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MemoryWarning)
         loaded = load(source)

@@ -46,7 +46,7 @@ def rewind_to_common(model: DiffusionGemma, cache: Cache, prompt: Prompt) -> int
     """Make `cache` hold the beginning of `prompt`, as much of it as it has and can go back to. How many tokens the two
     had in common, which can be more.
     """
-    shared = _common(model.labels(prompt.tokens, prompt.images), cache.labels)
+    shared = common_length(model.labels(prompt.tokens, prompt.images), cache.labels)
     # An image's tokens see each other both ways: it is reused as a whole or not at all.
     shared = next((first for first, last in _image_blocks(model, prompt) if first < shared < last), shared)
     cache.rewind(shared)
@@ -66,7 +66,7 @@ def _image_blocks(model: DiffusionGemma, prompt: Prompt) -> list[tuple[int, int]
     return image_blocks(prompt.tokens, model.config.image_token_id) if prompt.images else []
 
 
-def _common(first: Sequence[Label], second: Sequence[Label]) -> int:
+def common_length(first: Sequence[Label], second: Sequence[Label]) -> int:
     """The number of labels that two sequences begin with alike."""
     for place, (one, other) in enumerate(zip(first, second, strict=False)):
         if one != other:
