@@ -124,7 +124,7 @@ def test_a_path_that_cannot_be_written_is_named_first(tmp_path):
     assert done.returncode == 1 and "there is no such directory" in done.stderr
 
 
-@pytest.mark.parametrize("verb", [["infill", "-"], ["edit", "-", "sort", "--lines", ":1"]])
+@pytest.mark.parametrize("verb", [["infill", "-"], ["edit", "-", "sort", "--lines", ":8"]])
 def test_ctrl_c_exits_130_and_leaves_the_terminal_clean(demo_float32, verb):
     """On a terminal: a pseudo-terminal's other end reads what is drawn."""
     master, slave = os.openpty()
@@ -140,7 +140,7 @@ def test_ctrl_c_exits_130_and_leaves_the_terminal_clean(demo_float32, verb):
     process.stdin.write(("reverse abc <FILL>\n" * 8).encode())
     process.stdin.close()
     seen = b""
-    while b"step 2/" not in seen:
+    while b"step " not in seen:  # which of them depends on how fast they are: a frame shows the last
         seen += os.read(master, 4096)
     process.send_signal(signal.SIGINT)
     try:
