@@ -33,6 +33,20 @@ from mlx_diffusiongemma import (
 LENGTH = 8
 
 
+THERE: set[threading.Thread] = set()  # before a test, which other tests of the process may have left running
+
+
+@pytest.fixture(autouse=True)
+def there_before():
+    THERE.clear()
+    THERE.update(threading.enumerate())
+
+
+def started() -> list[threading.Thread]:
+    """The threads that the test has started and that still run."""
+    return [thread for thread in threading.enumerate() if thread not in THERE]
+
+
 @pytest.fixture(autouse=True)
 def no_thread_is_left():
     before = threading.active_count()
@@ -157,7 +171,7 @@ def test_cancelling_the_task_stops_within_a_step_and_frees_what_it_held():
             await task
         # The step that was under way, and the one that is built while it runs.
         assert len(model.canvases) <= begun + 2
-        assert model.caches[0].released == 1 and threading.active_count() == 1
+        assert model.caches[0].released == 1 and not started()
 
     asyncio.run(main())
 
@@ -196,7 +210,7 @@ def test_leaving_the_loop_over_it_stops_it():
         async for event in astream(model, ByteProcessor(), "q"):
             if isinstance(event, Draft):
                 break
-        await until(lambda: threading.active_count() == 1)
+        await until(lambda: not started())
         assert model.caches[0].released == 1 and len(model.canvases) < 10_000
 
     asyncio.run(main())
@@ -213,14 +227,13 @@ def test_a_loop_that_ends_stops_it():
             pass
 
     asyncio.run(begin())
-    assert threading.active_count() == 1
+    assert not started()
 
     loop = asyncio.new_event_loop()
     loop.run_until_complete(begin())
     loop.close()
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread():
-            thread.join(60)
+    for thread in started():
+        thread.join(60)
     assert [cache.released for cache in model.caches] == [1, 1]
     asyncio.run(held[0].aclose())  # from another loop: there is nothing to wait for any more
 
@@ -231,7 +244,7 @@ def test_the_thread_is_gone_when_the_reply_is_there():
     async def main():
         for _ in range(300):
             await agenerate(model, ByteProcessor(), "q")
-            assert threading.active_count() == 1
+            assert not started()
 
     asyncio.run(main())
 
@@ -369,7 +382,7 @@ def test_an_error_in_the_midst_comes_after_the_events_before_it():
         with pytest.raises(CanvasError, match="broken"):
             async for event in astream(model, ByteProcessor(), "q"):
                 events.append(type(event))
-        assert events[0] is Prefill and Draft in events and threading.active_count() == 1
+        assert events[0] is Prefill and Draft in events and not started()
         model.denoise = failing
         model.options = replace(model.options, max_steps=2)
         assert (await agenerate(model, ByteProcessor(), "q", max_tokens=4)).finish_reason == "length"
@@ -423,7 +436,7 @@ def test_an_iterator_that_is_never_read_starts_nothing():
 
     async def main():
         async with aclosing(astream(model, ByteProcessor(), "q")):
-            assert threading.active_count() == 1
+            assert not started()
 
     asyncio.run(main())
     assert not model.canvases
