@@ -21,6 +21,10 @@ class CanvasError(DiffusionGemmaError):
     """A starting canvas does not fit the model or the request."""
 
 
+class TrainingError(DiffusionGemmaError):
+    """Training data, settings or adapters cannot be used, or a training cannot go on."""
+
+
 class MissingBackendError(DiffusionGemmaError, ImportError):
     """MLX is not installed, or without a backend for this machine."""
 
