@@ -19,7 +19,7 @@ import mlx.core as mx
 
 import mlx_diffusiongemma
 from mlx_diffusiongemma import load
-from mlx_diffusiongemma.checkpoints.adapter_files import read_adapter
+from mlx_diffusiongemma.checkpoints.adapter_files import load_adapter
 from mlx_diffusiongemma.convert import convert_checkpoint
 from mlx_diffusiongemma.model.adapters import AdapterConfig
 from mlx_diffusiongemma.training import TrainingOptions, train
@@ -63,7 +63,7 @@ def write(adapter: Path, checkpoint: Path) -> None:
     file = checkpoint / "model.safetensors"
     tensors = dict(mx.load(str(file)))
     mx.eval(tensors)
-    for name, array in read_adapter(adapter).arrays.items():
+    for name, array in load_adapter(adapter).arrays.items():
         published = name if name in tensors else name.removesuffix(".weight")  # experts are saved without it
         tensors[published] = array.astype(tensors[published].dtype).reshape(tensors[published].shape)
     mx.save_safetensors(str(file), tensors, {"format": "pt"})

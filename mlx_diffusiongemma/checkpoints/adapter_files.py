@@ -18,7 +18,7 @@ from .hub import download_snapshot, is_repository
 ARRAYS, CONFIG = "adapters.safetensors", "adapter_config.json"
 
 
-def read_adapter(path_or_repo: str | Path) -> Adapter:
+def load_adapter(path_or_repo: str | Path) -> Adapter:
     """The adapter in a folder or a hub repository, its arrays in memory. Raises AdapterError."""
     if is_repository(path_or_repo):
         directory = download_snapshot(str(path_or_repo), None, (ARRAYS, CONFIG))

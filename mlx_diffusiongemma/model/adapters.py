@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import mlx.core as mx
@@ -193,7 +194,8 @@ def keys_of(names: list[str] | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def put_in(model: DiffusionGemma, config: AdapterConfig, seed: int = 0) -> None:
-    """Put a fresh adapter, which changes nothing yet, into a model without one. Raises AdapterError."""
+    """Put a fresh adapter, which changes nothing yet, in the place of the one that a model has. Raises AdapterError."""
+    take_out(model)
     keys = keys_of(config.keys)
     if config.fine_tune_type == "dora" and any(key in GROUPS["experts"] for key in keys):
         raise AdapterError("DoRA has no form for experts; leave them out of the keys, or train with LoRA.")
@@ -212,10 +214,29 @@ def put_in(model: DiffusionGemma, config: AdapterConfig, seed: int = 0) -> None:
     _adapt(decoder, config, [key for key in keys if key.startswith(OF_THE_DECODER)], random)
 
 
+def use_adapter(model: DiffusionGemma, adapter: Adapter | None) -> None:
+    """Put a trained adapter, or whole weights, in the place of what a model has, or nothing. Raises AdapterError."""
+    take_out(model)
+    if adapter is None:
+        return
+    try:
+        if adapter.config.fine_tune_type == "full":
+            _use_whole(model, adapter.arrays)
+        else:
+            put_in(model, adapter.config)
+            use_arrays(model, adapter.arrays)
+    except AdapterError:
+        take_out(model)
+        raise
+    mx.eval(model)
+
+
 def take_out(model: DiffusionGemma) -> None:
-    """Make the model what it was before `put_in`."""
+    """Make the model what it was before `put_in` or `use_adapter`."""
     from .diffusion_gemma import DecoderLayer, EncoderLayer
 
+    model.load_weights(list(model.replaced_weights.items()), strict=False)
+    model.replaced_weights = MappingProxyType({})
     decoder, encoder = model.model.decoder, model.model.encoder.language_model
     for owner, name, layer in [*adapted(decoder), *adapted(encoder)]:
         owner[name] = layer.linear
@@ -231,6 +252,18 @@ def use_arrays(model: DiffusionGemma, arrays: Mapping[str, mx.array]) -> None:
     if problem := _difference(expected, arrays):
         raise AdapterError(f"The adapter does not fit this model: {problem}; use it with the model it was trained on.")
     model.load_weights([(name, array.astype(expected[name].dtype)) for name, array in arrays.items()], strict=False)
+
+
+def _use_whole(model: DiffusionGemma, arrays: Mapping[str, mx.array]) -> None:
+    """Give a model other weights, as `full` training leaves them, and keep its own to go back to."""
+    own = dict(cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())))
+    if problem := _difference({name: own[name] for name in arrays if name in own}, arrays):
+        raise AdapterError(
+            f"These trained weights do not fit this model: {problem}; use them with the model that was trained, "
+            "unquantized."
+        )
+    model.replaced_weights = MappingProxyType({name: own[name] for name in arrays})
+    model.load_weights([(name, array.astype(own[name].dtype)) for name, array in arrays.items()], strict=False)
 
 
 def trained_arrays(model: DiffusionGemma) -> dict[str, mx.array]:

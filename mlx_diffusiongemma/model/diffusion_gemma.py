@@ -5,9 +5,10 @@ the canvas. `encode` is the only writer of the cache; `denoise` only reads it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from ..config import FULL, SLIDING, LayerConfig, ModelConfig, TextConfig
 from ..errors import CheckpointError
 from ..options import REFERENCE_SETTINGS, GenerationOptions
 from . import vocabulary
+from .adapters import Adapter, use_adapter
 from .budgets import PREFILL_CHUNK
 from .cache import SNAPSHOT_BYTES, Block, Cache, CacheRows, Label
 from .joining import fusible
@@ -124,6 +126,8 @@ class DiffusionGemma(nn.Module):
         self.options = (options or GenerationOptions()).filled_from(reference)
         self.model = Backbone(config)
         self._vision = _once(load_vision) if load_vision else None
+        # The own weights that trained ones stand for, by name; a dict would be taken for a part of the parameters.
+        self.replaced_weights: Mapping[str, mx.array] = MappingProxyType({})
 
     def make_cache(self, snapshot_bytes: int = SNAPSHOT_BYTES) -> Cache:
         """An empty prefix. snapshot_bytes: see `Cache`."""
@@ -141,6 +145,14 @@ class DiffusionGemma(nn.Module):
         """Undo `fuse`. The weights stay where they are in memory."""
         for module in fusible(self):
             module.unfuse()
+
+    def use_adapter(self, adapter: Adapter | None) -> None:
+        """Compute with this adapter instead of the one before, or with none; the base stays in memory.
+
+        What caches hold was computed with the adapter before: make new ones. Raises AdapterError where the adapter does
+        not fit, and leaves the model without one.
+        """
+        use_adapter(self, adapter)
 
     def encode(
         self,
