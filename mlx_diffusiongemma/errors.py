@@ -21,8 +21,12 @@ class CanvasError(DiffusionGemmaError):
     """A starting canvas does not fit the model or the request."""
 
 
+class AdapterError(DiffusionGemmaError):
+    """An adapter's files or settings cannot be used, or not with this model."""
+
+
 class TrainingError(DiffusionGemmaError):
-    """Training data, settings or adapters cannot be used, or a training cannot go on."""
+    """Training data or settings cannot be used, or training cannot go on."""
 
 
 class MissingBackendError(DiffusionGemmaError, ImportError):
