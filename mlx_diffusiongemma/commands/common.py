@@ -175,8 +175,8 @@ def announced_model(name: str | None, *, yes: bool = False) -> str:
     return source
 
 
-def load_source(source: str) -> tuple[DiffusionGemma, Processor]:
-    """Load the model in a directory or repository and remember it. Raises CheckpointError."""
+def load_source(source: str, *, fuse: bool = True) -> tuple[DiffusionGemma, Processor]:
+    """Load the model in a directory or repository (see `load`) and remember it. Raises CheckpointError."""
     import warnings
 
     from .. import load
@@ -185,7 +185,7 @@ def load_source(source: str) -> tuple[DiffusionGemma, Processor]:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MemoryWarning)
-        loaded = load(source)
+        loaded = load(source, fuse=fuse)
     for warning in caught:
         notice(str(warning.message))
     remember(source, notice)
