@@ -75,7 +75,7 @@ EXAMPLES = {
     "train": """
         mlx-dg train --data examples --iters 500
         mlx-dg train --data examples -c lora_config.yaml --grad-checkpoint
-        mlx-dg train --data examples --generate 50 --patience 5 --report-to curve.jsonl
+        mlx-dg train --data examples --generate 50 --patience 5 --test --train
         mlx-dg train --data examples --iters 1000 --resume
         mlx-dg train --data examples --test""",
     "serve": """

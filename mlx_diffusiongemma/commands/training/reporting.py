@@ -1,4 +1,4 @@
-"""What a training run says while it goes: lines for people, and figures for programs."""
+"""Reports of a training run while it goes: lines for people, and figures for programs."""
 
 from __future__ import annotations
 

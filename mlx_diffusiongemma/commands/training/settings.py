@@ -1,4 +1,4 @@
-"""What a training run is asked for: the command line over a YAML file over the defaults, in mlx-lm's spellings."""
+"""The settings of a training run: the command line over a YAML file over the defaults, in mlx-lm's spellings."""
 
 from __future__ import annotations
 
