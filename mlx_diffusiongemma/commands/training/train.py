@@ -52,7 +52,7 @@ def train(
         typer.Option(
             "--lora-keys",
             metavar="KEY,…",
-            help="attention, mlp, router, experts, self-conditioning, all-linear or paths [attention,mlp].",
+            help="all-linear, self-conditioning, attention, mlp, router, experts or paths [attention,mlp].",
         ),
     ] = None,
     num_layers: Annotated[
