@@ -63,7 +63,7 @@ def config_as_json(config: AdapterConfig) -> dict[str, Any]:
 
 
 def config_from_json(content: dict[str, Any], where: str) -> AdapterConfig:
-    """What `config_as_json` wrote. Raises AdapterError."""
+    """Read what `config_as_json` wrote. Raises AdapterError."""
     default = AdapterConfig()
     lora = content.get("lora_parameters") or {}
     kind, towers = content.get("fine_tune_type", "lora"), content.get("towers", "shared")

@@ -231,7 +231,7 @@ def _uniforms(key: mx.array, shape: tuple[int, ...], places: Places | None) -> m
 
 
 def raw_logits(block: Embedding, rows: mx.array) -> mx.array:
-    """rows [rows, hidden] -> raw logits [rows, block], in the model's dtype."""
+    """Raw logits [rows, block] for rows [rows, hidden], in the model's dtype."""
     if isinstance(block, nn.Embedding) and mx.default_device() == mx.cpu:
         # The BLAS of MLX's Linux wheels multiplies by a transposed matrix one dot product at a time; with the matrix
         # copied the right way round, the same sums take two thirds of the time.

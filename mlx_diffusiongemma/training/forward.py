@@ -42,7 +42,7 @@ def encode(model: DiffusionGemma, batch: Batch, checkpoint: bool) -> tuple[mx.ar
 def denoise(
     model: DiffusionGemma, batch: Batch, kept: Sequence[KeysValues], soft_embedding: mx.array | None, checkpoint: bool
 ) -> mx.array:
-    """Hidden states [B, C, H] of the corrupted canvases. Each sees what comes before it, as in inference."""
+    """Denoise the corrupted canvases: hidden states [B, C, H]. Each sees what comes before it, as in inference."""
     decoder, window = model.model.decoder, model.config.text.sliding_window
     starts = [one.start for one in batch.drawn]
     positions = starts[0] if len(set(starts)) == 1 else mx.array(starts)
@@ -50,7 +50,8 @@ def denoise(
     x = decoder.self_conditioning(model.embed(batch.canvas), soft_embedding)
     for config, layer, (keys, values) in zip(model.config.text.layers, decoder.layers, kept, strict=True):
         x = _denoising(layer, checkpoint)(x, keys, values, positions, masks[config.kind], layer.layer_scalar)
-    return decoder.norm(x)
+    hidden: mx.array = decoder.norm(x)
+    return hidden
 
 
 def _encoding(layer: DecoderLayer, checkpoint: bool) -> Encode:

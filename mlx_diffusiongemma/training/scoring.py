@@ -20,7 +20,7 @@ MARGIN = 1.25  # a reply may be this much longer than the expected one before it
 
 @dataclass(frozen=True)
 class Score:
-    """Of `count` replies: the share that is exactly as expected, and the mean denoising steps of a canvas."""
+    """The share of `count` replies that are exactly as expected, and the mean denoising steps of a canvas."""
 
     right: float
     steps: float

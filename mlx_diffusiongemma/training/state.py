@@ -22,7 +22,7 @@ PARAMETER, OPTIMIZER = "parameter:", "optimizer:"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. done: updates. best: the lowest validation loss so far. stale: validations since then."""
+    """The place where a run is. done: updates. best: the lowest validation loss so far. stale: validations since then."""
 
     done: int = 0
     best: float | None = None

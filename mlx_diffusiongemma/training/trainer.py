@@ -85,7 +85,7 @@ Report = TrainReport | ValidationReport | SaveReport
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run ended: "done", "patience" or "cancelled". iterations: updates done; best: lowest validation loss."""
+    """The end of a run. finish_reason: "done", "patience" or "cancelled". best: the lowest validation loss."""
 
     finish_reason: str
     iterations: int
@@ -193,7 +193,8 @@ class _Run:
     def _update(self) -> list[tuple[Losses, float]]:
         """Learn from the next replies; the losses of each batch, and its share."""
         drawn = self._drawn(self.progress.done)
-        own = drawn[self.group.rank() :: self.group.size()]
+        # Replies of like lengths share a batch, which is as long as its longest.
+        own = sorted(drawn, key=lambda one: len(one[1].tokens))[self.group.rank() :: self.group.size()]
         losses: list[tuple[Losses, float]] = []
         gradients: Any = None
         for start in range(0, len(own), self.options.batch_size):
