@@ -179,8 +179,8 @@ def announced_model(name: str | None, *, yes: bool = False) -> str:
     return source
 
 
-def load_source(source: str, adapter: str | None = None) -> tuple[DiffusionGemma, Processor]:
-    """Load the model in a directory or repository, with an adapter, and remember it. Raises CheckpointError and
+def load_source(source: str, adapter: str | None = None, *, fuse: bool = True) -> tuple[DiffusionGemma, Processor]:
+    """Load the model in a directory or repository (see `load`), and remember it. Raises CheckpointError and
     AdapterError.
     """
     import warnings
@@ -191,7 +191,7 @@ def load_source(source: str, adapter: str | None = None) -> tuple[DiffusionGemma
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MemoryWarning)
-        loaded = load(source, adapter=adapter)
+        loaded = load(source, fuse=fuse, adapter=adapter)
     for warning in caught:
         notice(str(warning.message))
     remember(source, notice)

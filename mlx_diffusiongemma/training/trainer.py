@@ -7,7 +7,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ..checkpoints.adapter_files import save_adapter
 from ..errors import TrainingError
-from ..model.adapters import TRAINED, Adapter, put_in, take_out
+from ..model.adapters import TRAINED, Adapter, put_in, take_out, use_arrays
 from .draws import Batch, Drawn, draw
 from .loss import diffusion_loss
 from .options import ADAMW, TrainingOptions
@@ -30,7 +30,7 @@ from .state import Progress, State, read_state, save_state
 if TYPE_CHECKING:
     from ..model.diffusion_gemma import DiffusionGemma
     from ..processing.processor import Processor
-    from .data import Example, Record
+    from .data import Record
 
 BEST = "best"  # the folder inside the adapter's that keeps the one with the lowest validation loss
 # What a generator draws, beside the run's seed: the order of an epoch, an update's replies, validation's.
@@ -101,17 +101,19 @@ def train(
     adapter_path: str | Path = "adapters",
     valid: Sequence[Record] = (),
     resume: bool = False,
+    initial: Mapping[str, mx.array] | None = None,
     on_report: Callable[[Report], object] = lambda report: None,
     cancel: threading.Event | None = None,
 ) -> TrainingResult:
     """Train an adapter, or the model itself, on conversations, and leave the model with it.
 
     records, valid: see `read_folder`. adapter_path: the folder for the adapter, its best state in `best/`, and what
-    `resume` goes on from. cancel: ends the run within one update, saved. Under `mlx.launch`, each machine computes its
-    share of every update. Raises TrainingError, with the last good adapter on disk, where a loss is not a number.
+    `resume` goes on from. initial: arrays of an adapter of the same shape to begin with. cancel: ends the run within
+    one update, saved. Under `mlx.launch`, each machine computes its share of every update. Raises TrainingError, with
+    the last good adapter on disk, where a loss is not a number.
     """
     run = _Run(model, processor, list(records), list(valid), options or TrainingOptions(), Path(adapter_path))
-    run.begin(resume)
+    run.begin(resume, initial)
     return run.go_on(on_report, cancel or threading.Event())
 
 
@@ -128,7 +130,7 @@ class _Run:
         directory: Path,
     ):
         self.model, self.processor, self.options = model, processor, options
-        self.records, self.valid, self.directory = records, valid, directory
+        self.records, self.valid, self.directory = records, valid if options.val_batches else [], directory
         if not records:
             raise TrainingError("There is nothing to train on; give at least one conversation.")
         self.group = mx.distributed.init()
@@ -136,9 +138,11 @@ class _Run:
         self.progress = Progress()
         self.loss_and_gradient = nn.value_and_grad(model, self._loss)
 
-    def begin(self, resume: bool) -> None:
+    def begin(self, resume: bool, initial: Mapping[str, mx.array] | None = None) -> None:
         """Make the model trainable, and take up what an earlier run left."""
         prepare(self.model, self.options)
+        if initial is not None:
+            use_arrays(self.model, initial)
         self.optimizer.init(self.model.trainable_parameters())
         if resume:
             state = read_state(self.directory, self._settings())
@@ -219,30 +223,12 @@ class _Run:
         drawn: list[tuple[Record, Drawn]] = []
         for index in range(update * size, (update + 1) * size):
             order = np.random.default_rng([self.options.seed, ORDER, index // count]).permutation(count)
-            drawn.append(self._draw(self.records[order[index % count]], [UPDATE, index]))
+            record = self.records[order[index % count]]
+            drawn.append((record, _draw(self.model, self.options, record, [UPDATE, index])))
         return drawn
 
-    def _draw(self, record: Record, place: list[int]) -> tuple[Record, Drawn]:
-        config = self.model.config
-        random = np.random.default_rng([self.options.seed, *place])
-        example: Example = record.examples[int(random.integers(len(record.examples)))]
-        return record, draw(example, config.canvas_length, config.text.vocab_size, random)
-
     def _validate(self) -> ValidationReport:
-        """Losses on the same draws every time, and a score."""
-        options, sums = self.options, _Sums()
-        most = len(self.valid) if options.val_batches < 0 else options.val_batches * options.batch_size
-        drawn = [self._draw(record, [VALIDATION, index])[1] for index, record in enumerate(self.valid[:most])]
-        batches = [drawn[start : start + options.batch_size] for start in range(0, len(drawn), options.batch_size)]
-        parts: list[tuple[Losses, float]] = []
-        for part in batches:
-            denoising, next_token = diffusion_loss(self.model, Batch.of(part, mask_prompt=options.mask_prompt))
-            mx.eval(denoising, next_token)
-            tokens = sum(len(one.tokens) for one in part)
-            parts.append((Losses(_number(denoising), _number(next_token), tokens), len(part) / len(drawn)))
-        sums.add(parts)
-        answered = score(self.model, self.processor, self.valid[: options.generate]) if options.generate else None
-        losses = sums.mean()
+        losses, answered = evaluate(self.model, self.processor, self.valid, self.options)
         self.progress = self.progress.after(losses.total)
         if is_best := self.progress.stale == 0:
             self._write(self.directory / BEST)
@@ -289,6 +275,31 @@ class _Sums:
 
     def mean(self) -> Losses:
         return Losses(self.denoising / self.share, self.next_token / self.share, self.tokens)
+
+
+def evaluate(
+    model: DiffusionGemma, processor: Processor, records: Sequence[Record], options: TrainingOptions
+) -> tuple[Losses, Score | None]:
+    """Measure the losses on `val_batches` of the records, with the same draws every time, and the score that
+    `generate` of them get, None for 0.
+    """
+    sums = _Sums()
+    most = len(records) if options.val_batches < 0 else options.val_batches * options.batch_size
+    drawn = [_draw(model, options, record, [VALIDATION, index]) for index, record in enumerate(records[:most])]
+    for start in range(0, len(drawn), options.batch_size):
+        part = drawn[start : start + options.batch_size]
+        denoising, next_token = diffusion_loss(model, Batch.of(part, mask_prompt=options.mask_prompt))
+        mx.eval(denoising, next_token)
+        tokens = sum(len(one.tokens) for one in part)
+        sums.add([(Losses(_number(denoising), _number(next_token), tokens), len(part) / len(drawn))])
+    return sums.mean(), score(model, processor, records[: options.generate]) if options.generate else None
+
+
+def _draw(model: DiffusionGemma, options: TrainingOptions, record: Record, place: list[int]) -> Drawn:
+    """Draw one of a record's replies and its noise; place: which draw of the run it is."""
+    random = np.random.default_rng([options.seed, *place])
+    example = record.examples[int(random.integers(len(record.examples)))]
+    return draw(example, model.config.canvas_length, model.config.text.vocab_size, random)
 
 
 def prepare(model: DiffusionGemma, options: TrainingOptions) -> None:

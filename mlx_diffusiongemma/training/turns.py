@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 THOUGHT_BEGIN, THOUGHT_END = "<|channel>thought\n", "<channel|>"
 # How templates can end a prompt that asks for no thinking: the model then goes on after it.
 EMPTY_THOUGHT = THOUGHT_BEGIN + THOUGHT_END
+THOUGHT_KEYS = ("reasoning", "reasoning_content", "thinking")
 QUESTION = {"role": "user", "content": "?"}
 
 
@@ -28,24 +29,30 @@ def write_reply(processor: Processor, message: Mapping[str, Any], prompt: Prompt
     after a tool's answer. The thought stands before it in the model's own notation; a prompt that does not ask for
     thinking is answered without. Raises PromptError where the message would be read back as another.
     """
+    content = message["content"]
+    said = content if isinstance(content, str) else "".join(part["text"] for part in content)
     thought = (thought_of(message) if prompt.thinking else "").strip()
-    text = _body(processor, {**message, **dict.fromkeys(_THOUGHTS)})
+    text = _body(processor, {**message, **dict.fromkeys(THOUGHT_KEYS), "content": said})
     if thought:
         text = f"{THOUGHT_BEGIN}{thought}\n{THOUGHT_END}{text}"
     if prompt.text.endswith(THOUGHT_BEGIN):
         text = text.removeprefix(THOUGHT_BEGIN) if thought else THOUGHT_END + text
     tokens = tuple(processor.tokenizer.encode(text, add_special_tokens=False))
     reply = processor.parse(tokens, prompt)
-    _check_same(reply, message, thought)
+    calls = [call["function"] for call in message.get("tool_calls") or ()]
+    if [(call.name, call.arguments) for call in reply.tool_calls] != [(c["name"], c["arguments"]) for c in calls]:
+        raise PromptError("The tool calls are not read back as they are written; simplify their arguments.")
+    if (reply.text.strip(), reply.thinking) != (said.strip(), thought):  # templates trim texts
+        raise PromptError(
+            "The assistant's text is not read back as it is written; leave markers of the chat format out of it, and "
+            "give a thought as `reasoning` and calls as `tool_calls`."
+        )
     return tokens, reply
-
-
-_THOUGHTS = ("reasoning", "reasoning_content", "thinking")
 
 
 def thought_of(message: Mapping[str, Any]) -> str:
     """Find what an assistant's message says that it thought, in any of the spellings in use; "" for nothing."""
-    return next((message[key] for key in _THOUGHTS if message.get(key)), "")
+    return next((message[key] for key in THOUGHT_KEYS if message.get(key)), "")
 
 
 def _body(processor: Processor, message: Mapping[str, Any]) -> str:
@@ -58,24 +65,3 @@ def _body(processor: Processor, message: Mapping[str, Any]) -> str:
     if not answered.startswith(before) or not body.endswith(("<turn|>", "<|tool_response>")):
         raise PromptError("The checkpoint's chat template ends the assistant's turn in a way that is not known here.")
     return body
-
-
-def _check_same(reply: Reply, message: Mapping[str, Any], thought: str) -> None:
-    """Raises PromptError where `reply`, read from its tokens, is not what `message` says."""
-    content = message["content"]
-    said = content if isinstance(content, str) else "".join(part["text"] for part in content)
-    calls = [
-        (call["function"]["name"], dict(call["function"]["arguments"])) for call in message.get("tool_calls") or ()
-    ]
-    if [(call.name, call.arguments) for call in reply.tool_calls] != calls:
-        raise PromptError("The tool calls cannot be written so that they are read back as they are; simplify them.")
-    # Templates trim texts, and differ in the white space between parts.
-    if _dense(reply.text) != _dense(said) or _dense(reply.thinking) != _dense(thought):
-        raise PromptError(
-            "The assistant's text has markers of the chat format in it; leave them out, and give a thought as "
-            "`reasoning` and calls as `tool_calls`."
-        )
-
-
-def _dense(text: str) -> str:
-    return "".join(text.split())
