@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         MemoryWarning,
         MissingBackendError,
         PromptError,
+        TrainingError,
     )
     from .events import Commit, Done, Draft, Event, Filled, Prefill, Reply, Result, Stats, ToolCall
     from .filling.choosing import choose
@@ -47,6 +48,7 @@ _HOMES = {
         "MemoryWarning",
         "MissingBackendError",
         "PromptError",
+        "TrainingError",
     ),
     "events": ("Commit", "Done", "Draft", "Event", "Filled", "Prefill", "Reply", "Result", "Stats", "ToolCall"),
     "processing.processor": ("Processor", "Prompt"),
@@ -99,6 +101,7 @@ __all__ = [
     "Stats",
     "Text",
     "ToolCall",
+    "TrainingError",
     "__version__",
     "agenerate",
     "astream",

@@ -89,7 +89,8 @@ class EncoderLayer(nn.Module):
 class LanguageModel(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.layers = [EncoderLayer() for _ in config.layers]
+        # A whole layer where an adapter is not for both towers alike: see `adapters`.
+        self.layers: list[EncoderLayer | DecoderLayer] = [EncoderLayer() for _ in config.layers]
 
 
 class Encoder(nn.Module):
@@ -245,7 +246,7 @@ class DiffusionGemma(nn.Module):
 
     def _encode(self, x: mx.array, cache: Cache | CacheRows, blocks: list[Block]) -> mx.array:
         """Append embeddings [B, N, H]. blocks: where among them images' tokens are."""
-        decoder, text, count = self.model.decoder, self.config.text, x.shape[1]
+        text, count = self.config.text, x.shape[1]
         if text.use_bidirectional_attention != "vision":
             blocks = []
         masks = {
@@ -253,12 +254,17 @@ class DiffusionGemma(nn.Module):
             FULL: cache.encoder_mask(count, None, blocks),
         }
         positions = cache.positions
-        scalars = self.model.encoder.language_model.layers
         caches: Sequence[LayerCache | LayerRows] = cache.layers
-        for config, layer, own, kept in zip(text.layers, decoder.layers, scalars, caches, strict=True):
-            x = layer(x, kept.append, positions, masks[config.kind], own.layer_scalar)
+        for config, (layer, scalar), kept in zip(text.layers, self.encoding_layers, caches, strict=True):
+            x = layer(x, kept.append, positions, masks[config.kind], scalar)
         cache.extended(count)
-        return decoder.norm(x)
+        return self.model.decoder.norm(x)
+
+    @property
+    def encoding_layers(self) -> list[tuple[DecoderLayer, mx.array]]:
+        """The layers that encode, and their scalars: the decoder's layers, or those that an adapter gave it."""
+        both = zip(self.model.decoder.layers, self.model.encoder.language_model.layers, strict=True)
+        return [(own if isinstance(own, DecoderLayer) else layer, own.layer_scalar) for layer, own in both]
 
     def denoise(
         self,
