@@ -18,43 +18,51 @@ def cross_entropy(embedding: Embedding, hidden: mx.array, targets: mx.array, cap
     """The cross-entropy of each target under soft-capped logits, in nats: [rows] float32.
 
     hidden: [rows, H]; targets: [rows] token ids. Gradients go to `hidden`, and to the embedding's weight where that is
-    not quantized.
+    neither quantized nor frozen.
     """
-    plain = isinstance(embedding, nn.Embedding)
 
-    def with_weight(weight: mx.array | None) -> Embedding:
-        if weight is None:
+    def table(weight: list[mx.array]) -> Embedding:
+        """The embedding, with the weight that gradients are taken of."""
+        if not weight:
             return embedding
         own = nn.Embedding(1, 1)
-        own.weight = weight
+        (own.weight,) = weight
         return own
 
     @mx.custom_function
     def computed(hidden: mx.array, targets: mx.array, *weight: mx.array) -> tuple[mx.array, mx.array]:
-        table = with_weight(*weight) if weight else embedding
-        log_total = vocabulary.log_total(table, hidden, cap)
-        return log_total - vocabulary.logits_of(table, hidden, targets, cap), log_total
+        log_total = vocabulary.log_total(table([*weight]), hidden, cap)
+        return log_total - vocabulary.logits_of(table([*weight]), hidden, targets, cap), log_total
 
     @computed.vjp
     def backward(
         primals: tuple[mx.array, ...], cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]
     ) -> tuple[mx.array, ...]:
         hidden, targets, *weight = primals
-        table = with_weight(*weight) if weight else embedding
-        gradients = _gradients(table, hidden, targets, outputs[1], cotangents[0], cap)
-        to_hidden, to_weight = gradients
-        return to_hidden, mx.zeros_like(targets), *([to_weight] if weight else [])
+        to_hidden, *to_weight = _gradients(
+            table(weight), hidden, targets, outputs[1], cotangents[0], cap, is_trained=bool(weight)
+        )
+        return to_hidden, mx.zeros_like(targets), *to_weight
 
-    arguments = (hidden, targets, embedding.weight) if plain else (hidden, targets)
-    losses, _ = cast(tuple[mx.array, mx.array], computed(*arguments))
+    is_trained = isinstance(embedding, nn.Embedding) and bool(embedding.trainable_parameters())
+    losses, _ = cast(tuple[mx.array, mx.array], computed(hidden, targets, *([embedding.weight] if is_trained else [])))
     return losses
 
 
 def _gradients(
-    embedding: Embedding, hidden: mx.array, targets: mx.array, log_total: mx.array, weights: mx.array, cap: float
-) -> tuple[mx.array, mx.array]:
-    """Gradients of the sum of `weights` [rows] times the losses: with respect to `hidden` and to the embedding."""
-    to_hidden, to_blocks = mx.zeros(hidden.shape, mx.float32), []
+    embedding: Embedding,
+    hidden: mx.array,
+    targets: mx.array,
+    log_total: mx.array,
+    weights: mx.array,
+    cap: float,
+    *,
+    is_trained: bool,
+) -> list[mx.array]:
+    """Gradients of the sum of `weights` [rows] times the losses: with respect to `hidden`, and to the embedding's
+    weight where that is trained.
+    """
+    to_hidden, to_weight = mx.zeros(hidden.shape, mx.float32), list[mx.array]()
     rows = hidden
     start = 0
     for block in vocabulary.embedding_blocks(embedding, vocabulary.block_length(len(rows), len(embedding.weight))):
@@ -65,7 +73,9 @@ def _gradients(
         slope = (mx.exp(cap * bent - log_total[:, None]) - is_target) * weights[:, None] * (1 - bent * bent)
         slope = slope.astype(hidden.dtype)
         to_hidden = to_hidden + vocabulary.expected_embedding(block, slope)
-        to_blocks.append(slope.T @ hidden)
-        rows = mx.depends(rows, to_hidden)  # one block after the other, or all would be alive at once
+        if is_trained:
+            to_weight.append(slope.T @ hidden)
+        # One block after the other, with all that needs its slopes: else all of them would be alive at once.
+        rows = mx.depends(rows, [to_hidden, *to_weight[-1:]])
         start += count
-    return to_hidden.astype(hidden.dtype), mx.concatenate(to_blocks)
+    return [to_hidden.astype(hidden.dtype), *([mx.concatenate(to_weight)] if is_trained else [])]
