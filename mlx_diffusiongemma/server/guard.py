@@ -31,7 +31,7 @@ OPEN = re.compile(r"/|/health|/page/[^/]+")
 # Some clients take the address without /v1 for the interface's root.
 UNDER_V1 = (
     *("/models", "/chat/completions", "/completions", "/responses", "/messages", "/messages/count_tokens"),
-    *("/fim/completions", "/edit/completions"),
+    *("/fim/completions", "/edit/completions", "/edits", "/decisions"),
 )
 
 
