@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import AliasChoices, BaseModel, Field
 from starlette.requests import Request
 
 from ..errors import PromptError
@@ -19,7 +19,7 @@ Piece = tuple[Literal["text", "thinking"], str] | ToolCall
 class SamplingFields(BaseModel):
     """The sampling of a reply: `GenerationOptions` by their own names, of which other servers' clients send some."""
 
-    seed: int | None = None
+    seed: int | None = Field(None, validation_alias=AliasChoices("seed", "random_seed"))  # the latter is Mistral's
     decoder: str | None = None
     max_steps: int | None = None
     entropy_bound: float | None = None
