@@ -144,7 +144,8 @@ class Done:
     """The last event of a request.
 
     note: a sentence for the user where the reply says nothing, and why. seed: the one that gives this reply again.
-    data: the value that the reply gives, where a JSON Schema was asked for and the reply is whole.
+    data: the value that the reply gives, where a JSON Schema was asked for and the reply is whole. stop_string: the
+    one of the request's that ended it.
     """
 
     finish_reason: FinishReason
@@ -152,6 +153,7 @@ class Done:
     note: str = ""
     seed: int | None = None
     data: Any = None
+    stop_string: str | None = None
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ Event = Prefill | Draft | Filled | Commit | Done
 class Result:
     """A whole reply. `print(result)` prints its text.
 
-    note, seed, data: see `Done`. index: in a batch, the place of its prompt.
+    note, seed, data, stop_string: see `Done`. index: in a batch, the place of its prompt.
     """
 
     text: str
@@ -182,6 +184,7 @@ class Result:
     seed: int | None = None
     index: int = 0
     data: Any = None
+    stop_string: str | None = None
 
     def __str__(self) -> str:
         return self.text

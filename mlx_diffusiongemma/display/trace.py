@@ -194,7 +194,7 @@ def _event(content: dict[str, Any]) -> Event:
         case "done":
             stats = {field.name: content["stats"][field.name] for field in fields(Stats)}
             note, seed, data = content.get("note", ""), content.get("seed"), content.get("data")
-            return Done(content["finish_reason"], Stats(**stats), note, seed, data)
+            return Done(content["finish_reason"], Stats(**stats), note, seed, data, content.get("stop_string"))
         case kind:
             raise ValueError(f"unknown kind of event {kind!r}")
 

@@ -22,7 +22,7 @@ from .search import Attempt, GapFiller
 if TYPE_CHECKING:
     from ..model.cache import Cache
     from ..model.diffusion_gemma import DiffusionGemma
-    from ..processing.processor import Processor
+    from ..processing.processor import Processor, Prompt
 
 Spans = tuple[int, int] | Sequence[tuple[int, int]]
 BORNE = 4.0  # nats that speak against a token of an anchor, and that it bears at a strength of a half
@@ -45,7 +45,7 @@ def edit(
     processor: Processor,
     text: str,
     span: Spans | None,
-    instruction: str | Sequence[dict[str, Any]],
+    instruction: str | Sequence[dict[str, Any]] | Prompt,
     strength: float = 0.7,
     options: GenerationOptions | None = None,
     *,
@@ -58,7 +58,8 @@ def edit(
     """Rewrite the characters `span[0]` to `span[1]` (the one after the last) of `text`; nothing else changes.
 
     span: one, or a list of several, in order and apart; None is the whole text, in which the model finds the places.
-    instruction: what to do. A string is one user turn, with the spans below it; chat messages are sent as they are.
+    instruction: what to do. A string is one user turn, with the spans below it; chat messages or a Prompt are sent as
+    they are.
     The text is the model's reply, pinned but for the spans. Their lines (their words, where a span has one line) are
     anchors: where the first steps want one too, there it stays as it is, wherever that is by then; what lies between is
     written anew, and is as long as it needs to be. strength: how little it takes for an anchor to go, 0 (the text comes

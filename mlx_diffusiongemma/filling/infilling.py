@@ -19,7 +19,7 @@ from .search import Attempt, GapFiller
 if TYPE_CHECKING:
     from ..model.cache import Cache
     from ..model.diffusion_gemma import DiffusionGemma
-    from ..processing.processor import Processor
+    from ..processing.processor import Processor, Prompt
 
 Instruction = str | Sequence[dict[str, Any]]
 MOST_ALTERNATIVES = 8
@@ -72,7 +72,7 @@ def infill(
     model: DiffusionGemma,
     processor: Processor,
     parts: Sequence[str | Hole],
-    instruction: Instruction | None = None,
+    instruction: Instruction | Prompt | None = None,
     options: GenerationOptions | None = None,
     *,
     exact: bool = False,
@@ -86,9 +86,9 @@ def infill(
     """Fill the holes among `parts`.
 
     Without an instruction the text before the first hole is read as a document and continued. With one (a user turn,
-    or chat messages) the model reads it as its chat, and the parts are its reply, from the first on. Text stays
-    pinned: what follows a hole lies on its canvas as far as it fits, and so does what comes before the hole on the
-    same canvas of the reply; everything earlier is read as the prefix. Of text before the holes that is longer than
+    chat messages or a Prompt) the model reads it as its chat, and the parts are its reply, from the first on. Text
+    stays pinned: what follows a hole lies on its canvas as far as it fits, and so does what comes before the hole on
+    the same canvas of the reply; everything earlier is read as the prefix. Of text before the holes that is longer than
     the context, the nearest lines are read.
 
     How long a hole is, is read off the first steps, which leave what follows it open: they say where it fits. There it

@@ -139,6 +139,7 @@ def collect(events: Iterable[Event]) -> Result:
         note=done.note,
         seed=done.seed,
         data=done.data,
+        stop_string=done.stop_string,
     )
 
 

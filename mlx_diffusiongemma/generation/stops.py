@@ -8,11 +8,12 @@ from ..events import Part
 
 
 class StopStrings:
-    """Looks for stop strings in the visible text, and holds back what may become one."""
+    """Looks for stop strings in the visible text, and holds back what may become one. found: the one that came."""
 
     def __init__(self, stops: tuple[str, ...]):
         self.stops = stops
         self.held = ""
+        self.found: str | None = None
 
     @property
     def held_parts(self) -> list[Part]:
@@ -53,10 +54,11 @@ class StopStrings:
             parts += [*self._flush(), part]
             return False
         text = self.held + text
-        found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
+        found = [(at, stop) for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
+            at, self.found = min(found)
             self.held = ""
-            parts.append(("text", text[: min(found)]))
+            parts.append(("text", text[:at]))
             return True
         keep = max(_overlap(text, stop) for stop in self.stops)
         self.held = text[len(text) - keep :]

@@ -125,7 +125,7 @@ class Writer:
                 data = grammar.value(self.tokens)
             elif not note:
                 note = self._note_of_a_part()
-        return Done(reason, self._stats, note, self.options.seed, data)
+        return Done(reason, self._stats, note, self.options.seed, data, self.stops.found)
 
     def close(self) -> None:
         """Let go of the cache, which is then free for another request."""

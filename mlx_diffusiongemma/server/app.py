@@ -13,9 +13,10 @@ from starlette.types import ASGIApp
 
 from .. import __version__
 from ..errors import DiffusionGemmaError
+from . import status
 from .answering import refused
 from .guard import Guard, Rules
-from .interfaces import anthropic, completions, editors, edits, openai_chat, openai_responses, page, status
+from .interfaces import anthropic, completions, decisions, editors, edits, openai_chat, openai_responses, page
 from .refusals import Refusal
 from .service import Service
 
@@ -38,7 +39,7 @@ def make_app(service: Service, rules: Rules) -> ASGIApp:
         lifespan=lifespan,
         redirect_slashes=False,
     )
-    for interface in (status, openai_chat, completions, openai_responses, anthropic, editors, edits, page):
+    for interface in (status, openai_chat, completions, openai_responses, anthropic, editors, edits, decisions, page):
         app.include_router(interface.routes(service))
 
     @app.exception_handler(DiffusionGemmaError)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import AliasChoices, BaseModel, Field
 from starlette.requests import Request
 
 from ..errors import PromptError
-from ..events import Commit, Done, Result, Stats, ToolCall
+from ..events import Commit, Done, Draft, Result, Stats, ToolCall
 from ..processing.tools import parse_tool_calls
 from .service import one_of
 
@@ -19,7 +19,7 @@ Piece = tuple[Literal["text", "thinking"], str] | ToolCall
 class SamplingFields(BaseModel):
     """The sampling of a reply: `GenerationOptions` by their own names, of which other servers' clients send some."""
 
-    seed: int | None = None
+    seed: int | None = Field(None, validation_alias=AliasChoices("seed", "random_seed"))  # the latter is Mistral's
     decoder: str | None = None
     max_steps: int | None = None
     entropy_bound: float | None = None
@@ -154,3 +154,17 @@ def finish_of(done: Done | Result, calls: Sequence[ToolCall]) -> Literal["stop",
     if calls and done.finish_reason == "tool":
         return "tool_calls"
     return "length" if done.finish_reason == "length" else "stop"
+
+
+def diffusion_frame(draft: Draft) -> dict[str, Any]:
+    """Write a denoising step: what a chunk has beside its choices."""
+    return {
+        "type": "diffusion_frame",
+        "block": draft.canvas,
+        "step": draft.step,
+        "total": draft.max_steps,
+        "text": draft.text,
+        "pieces": draft.pieces,
+        "accepted": draft.accepted,
+        "entropy": [round(value, 4) for value in draft.entropy],
+    }

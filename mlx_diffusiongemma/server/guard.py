@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import json
+import re
 import socket
 import time
 from collections.abc import Collection, Iterator
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 MOST_BODY_BYTES = 32 * 2**20
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # Says nothing that a stranger may not know; the page asks for the key itself.
-OPEN = ("/", "/health", "/page.css", "/page.js")
+OPEN = re.compile(r"/|/health|/page/[^/]+")
 # Some clients take the address without /v1 for the interface's root.
 UNDER_V1 = (
     *("/models", "/chat/completions", "/completions", "/responses", "/messages", "/messages/count_tokens"),
-    *("/fim/completions", "/edit/completions"),
+    *("/fim/completions", "/edit/completions", "/edits", "/decisions"),
 )
 
 
@@ -58,7 +59,7 @@ class Rules:
                 403,
                 code="origin",
             )
-        if self.key is not None and path not in OPEN and not self._has_key(headers):
+        if self.key is not None and not OPEN.fullmatch(path) and not self._has_key(headers):
             raise Refusal(
                 "The API key is missing or wrong; send it as `Authorization: Bearer KEY`.", 401, code="invalid_api_key"
             )

@@ -53,4 +53,6 @@ def as_refusal(error: Exception) -> Refusal:
         return error
     if isinstance(error, DiffusionGemmaError):
         return Refusal(str(error))
+    if isinstance(error, RecursionError):
+        return Refusal("The body is nested too deeply; send a flatter one.")
     return Refusal("Something went wrong in the server; its log says what.", 500)

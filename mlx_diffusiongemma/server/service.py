@@ -11,6 +11,7 @@ from ..generation.canvas import Canvas
 from ..generation.replying import stream
 from ..generation.request import make_request, request_options
 from ..options import OF_CAUSAL_DECODERS, GenerationOptions
+from .limits import check_depth, check_images
 from .refusals import Refusal
 from .work.engine import Engine
 from .work.waiting import Item, Job, Turn
@@ -93,6 +94,8 @@ class Service:
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = (), thinking: bool = False
     ) -> Prompt:
         """Render messages of a caller, who can name no files and no addresses. Raises Refusal and PromptError."""
+        check_images(messages)
+        check_depth(list(tools), "tools")
         return await self.prompt(
             lambda processor: processor.prompt(
                 messages, tools=tools, thinking=thinking, allow_files=False, allow_urls=False
@@ -110,6 +113,7 @@ class Service:
         form: Form = FREE,
     ) -> Job:
         """Queue a reply. canvas: what it starts from. Raises Refusal and PromptError before anything is computed."""
+        check_depth(form.schema, "response_format")
         options = self.checked(prompt, options, form)
         if canvas is not None:
             canvas = Canvas(canvas.tokens[: options.max_tokens])

@@ -132,3 +132,13 @@ def test_silence_is_filled_with_pings(server, monkeypatch):
     assert 'event: ping\ndata: {"type":"ping"}\n\n' in reply.text
     reply = server.post("/v1/chat/completions", messages=user("count from 18"), stream=True)
     assert "\n\n: ping\n\n" in reply.text
+
+
+def test_the_sequence_that_stopped_it_is_named(client, server):
+    given = {"model": "", "max_tokens": 40, "messages": user("reverse abcdef"), "stop_sequences": ["x", "ba", "cb"]}
+    reply = client.messages.create(**given, extra_body={"seed": 7})
+    assert (reply.content[0].text, reply.stop_reason, reply.stop_sequence) == ("fed", "stop_sequence", "cb")
+    *_, delta, _ = data_of(server.post("/v1/messages", **given, seed=7, stream=True))
+    assert delta["delta"] == {"stop_reason": "stop_sequence", "stop_sequence": "cb"}
+    reply = client.messages.create(**{**given, "stop_sequences": ["x"]}, extra_body={"seed": 7})
+    assert (reply.stop_reason, reply.stop_sequence) == ("end_turn", None)

@@ -133,6 +133,11 @@ def test_xcodes_chat_streams_whatever_it_accepts(server):
         ("/infill", {"input_prefix": "a", "decoder": "autoregressive"}),
         ("/infill", {"input_extra": 3}),
         ("/v1/edit/completions", {"messages": []}),
+        ("/v1/edits", {"input": "abc", "span": [2, 1]}),
+        ("/v1/edits", {"input": "abc", "span": [0, 4]}),
+        ("/v1/edits", {"input": "abc", "span": [1, 1], "instruction": "more"}),
+        ("/v1/edits", {"input": "abc", "span": [0, 1], "strength": 0}),
+        ("/v1/edits", {"input": "abc", "span": [0, 1], "decoder": "autoregressive"}),
         ("/v1/edit/completions", {"messages": [{"role": "user", "content": "no region"}]}),
     ],
 )
@@ -163,3 +168,37 @@ def test_the_next_edit_changes_the_region_alone(server):
     code = own.text.removeprefix("before\n").removesuffix("\nafter")
     assert reply["object"] == "edit.completion"
     assert content == ("None" if code == "cbx" else f"```\n{code}\n```")
+
+
+COUNTING = " ".join(map(str, range(17, 47)))
+
+
+def test_a_span_is_filled_so_that_it_fits_what_is_around_it(server):
+    start = COUNTING.index("21")
+    torn = COUNTING.replace("21 22 23", "99 98 97")
+    for chat in (None, user("count from 17")):
+        body = {"input": torn, "span": [start, start + 8], "messages": chat, "seed": 0}
+        reply = server.post("/v1/edits", **body).json()
+        assert reply["choices"] == [{"index": 0, "text": COUNTING, "finish_reason": "stop"}]
+        assert f"-{torn}" in reply["diff"] and f"+{COUNTING}" in reply["diff"]
+
+
+def test_a_span_is_written_anew_under_an_instruction(server):
+    text = "é 123 321 é"
+    body = {"input": text, "span": [2, 5], "instruction": "reverse 123", "strength": 1, "seed": 3}
+    reply = server.post("/v1/edits", **body, max_steps=2).json()
+    options = GenerationOptions(seed=3, max_steps=2)
+    own = edit(*server.engine.loaded[:2], text, (2, 5), "reverse 123", 1, options)
+    assert reply["choices"][0]["text"] == own.text and reply["diff"] == own.diff
+    assert own.text.startswith("é ") and own.text.endswith(" 321 é")
+
+
+def test_an_edit_shows_its_steps(server):
+    body = {"input": COUNTING, "span": [9, 20], "messages": user("count from 17"), "seed": 0, "stream": True}
+    *chunks, last = data_of(server.post("/v1/edits", **body, frames=True))
+    frames = [chunk for chunk in chunks if chunk.get("type") == "diffusion_frame"]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks if chunk["choices"]) == COUNTING
+    assert last["choices"][0]["finish_reason"] == "stop" and last["diff"] == "" and last["timings"]["predicted_n"] > 0
+    start, stop = frames[-1]["holes"][0]
+    assert "".join(frames[-1]["pieces"][start:stop]) == COUNTING[9:20]
+    assert not any("type" in chunk for chunk in data_of(server.post("/v1/edits", **body)))

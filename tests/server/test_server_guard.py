@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from mlx_diffusiongemma import MODES
 from mlx_diffusiongemma.cli import app
 from mlx_diffusiongemma.server.guard import MOST_BODY_BYTES, Rules
+from mlx_diffusiongemma.server.limits import DEEPEST, MOST_IMAGES
 from mlx_diffusiongemma.server.refusals import Refusal
 
 CHAT = "/v1/chat/completions"
@@ -103,6 +104,36 @@ def test_a_body_that_is_no_request_is_refused(server, content):
     for path in (CHAT, "/v1/messages", "/v1/responses", "/v1/completions", "/infill", "/tokenize"):
         reply = server.http.post(path, content=content, headers={"Content-Type": "application/json"})
         assert reply.status_code == 400 and "error" in reply.json()
+
+
+def nested(depth):
+    schema = {"type": "integer"}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
+@pytest.mark.parametrize("depth", [DEEPEST, 400])
+def test_a_schema_has_a_limit(server, depth):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": nested(depth)}}
+    tool = {"type": "function", "function": {"name": "x", "parameters": nested(depth)}}
+    for given in ({"response_format": form}, {"tools": [tool]}):
+        reply = server.post("/v1/chat/completions", messages=user("x"), **given)
+        assert reply.status_code == 400 and "levels deep" in reply.json()["error"]["message"]
+
+
+def test_json_that_is_nested_beyond_reading_is_refused(server):
+    for depth in (900, 100_000):
+        body = '{"questions": {"a": {"type": "noul"}}, "state": ' + "[" * depth + "]" * depth + "}"
+        reply = server.http.post("/v1/decisions", content=body, headers={"Content-Type": "application/json"})
+        assert reply.status_code == 400 and reply.json()["error"]["message"].endswith(".")
+
+
+def test_images_have_a_limit(server):
+    pixel = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
+    content = [{"type": "image_url", "image_url": {"url": pixel}}] * (MOST_IMAGES + 1)
+    reply = server.post("/v1/chat/completions", messages=[{"role": "user", "content": content}])
+    assert reply.status_code == 400 and f"at most {MOST_IMAGES}" in reply.json()["error"]["message"]
 
 
 def test_what_is_not_here_is_said_in_the_clients_words(server):

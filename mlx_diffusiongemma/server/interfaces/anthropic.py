@@ -166,10 +166,13 @@ class MessageWriter:
             yield self._stop()
         called = any(block["type"] == "tool_use" for block in self.blocks)
         reason = "max_tokens" if done.finish_reason == "length" else "tool_use" if called else "end_turn"
-        self.content["stop_reason"], self.content["usage"] = reason, _usage(done.stats)
+        if done.stop_string is not None:
+            reason = "stop_sequence"
+        ending = {"stop_reason": reason, "stop_sequence": done.stop_string}
+        self.content |= {**ending, "usage": _usage(done.stats)}
         yield {
             "type": "message_delta",
-            "delta": {"stop_reason": reason, "stop_sequence": None},
+            "delta": ending,
             "usage": self.content["usage"],
         }
         yield {"type": "message_stop"}

@@ -1,27 +1,32 @@
-"""Edits in place, as Mercury's clients ask for them: the next edit of a marked region of a file."""
+"""Edits in place: a span of a text is written anew, or, as Mercury's clients ask, the marked region of a file."""
 
 from __future__ import annotations
 
 import re
 import secrets
 import time
-from collections.abc import Generator
+from collections.abc import AsyncGenerator, Generator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
+from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 from ...errors import PromptError
-from ...events import Result
-from ...filling.editing import edit
-from ..answering import result_of
-from ..fields import SamplingFields, caller_of, timings, usage
+from ...events import Commit, Draft, Event, Result
+from ...filling.editing import edit, unified_diff
+from ...filling.gaps import text_tokens
+from ...filling.infilling import Hole, infill
+from ..answering import EventStream, data_frame, error_frame, items_of, result_of
+from ..fields import SamplingFields, caller_of, diffusion_frame, finish_of, timings, usage
 from ..service import Service
 from ..work.waiting import Item, Job, Turn
 
 UNCHANGED = "None"  # Mercury's word where nothing is to change
-STRENGTH = 0.7  # the share of the region's tokens that start as noise
+STRENGTH = 0.7  # how readily what the region holds goes
+LEAST_ROOM = 16  # tokens for what fills a span, where twice as many as it held are fewer
 _TAGS = {
     name: re.compile(rf"<\|{name}\|>\n?(.*?)\n?<\|/{name}\|>", re.DOTALL)
     for name in ("recently_viewed_code_snippets", "current_file_content", "edit_diff_history")
@@ -29,6 +34,35 @@ _TAGS = {
 _REGION = re.compile(r"(?P<open><\|code_to_edit\|>\n?)(?P<code>.*?)(?P<close>\n?<\|/code_to_edit\|>)", re.DOTALL)
 _PATH = re.compile(r"^current_file_path: *(.*)\n")
 _CURSOR = "<|cursor|>"
+
+
+class SpanBody(SamplingFields):
+    """A request to write a span of `input` anew: as `instruction` says or, without one, so that it fits what is around.
+
+    span: the first character and the one after the last, in Unicode characters. messages: the chat that `input` is the
+    reply to. strength: how little it takes for a part of the span to go, 0 to 1; of instructions. frames: in a stream,
+    a chunk for every denoising step beside the text that appends.
+    """
+
+    input: str
+    span: tuple[int, int]
+    instruction: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    strength: float = Field(STRENGTH, gt=0, le=1)
+    model: str | None = None
+    stream: bool | None = False
+    frames: bool = False
+
+    @property
+    def parts(self) -> tuple[str, str, str]:
+        """The text before the span, in it and after it. Raises PromptError where there is no such span."""
+        start, stop = self.span
+        if not 0 <= start <= stop <= len(self.input) or (start == stop and self.instruction is not None):
+            raise PromptError(
+                f"`span` is {start} to {stop}, which cannot be written anew in an input of {len(self.input)} "
+                "characters; give the first one and the one after the last."
+            )
+        return self.input[:start], self.input[start:stop], self.input[stop:]
 
 
 class EditBody(SamplingFields):
@@ -86,6 +120,17 @@ def routes(service: Service) -> APIRouter:
     """Make the routes of this interface."""
     router = APIRouter(tags=["Edits"])
 
+    @router.post("/v1/edits")
+    async def edits(request: Request, body: SpanBody) -> Response:
+        """Write a span of a text anew, in place; the rest stays as it is."""
+        service.check_model(body.model)
+        job = await _rewrite(service, body, caller_of(request))
+        if body.stream:
+            return EventStream(_frames(request, service, body, job))
+        result = await result_of(request, service.engine, job)
+        choice = _choice(result.text, finish_of(result, ()))
+        return JSONResponse({**_head(service, "edit"), "choices": [choice], **_outcome(body, result)})
+
     @router.post("/v1/edit/completions")
     async def edit_completions(request: Request, body: EditBody) -> Response:
         """Propose the next edit of a file's region."""
@@ -93,11 +138,13 @@ def routes(service: Service) -> APIRouter:
         if body.stream:
             raise PromptError("`stream` cannot be honoured: an edit is certain all at once; leave it out.")
         region = read_region(_content(body.messages))
-        result = await result_of(request, service.engine, await _edit(service, body, region, caller_of(request)))
+        span = SpanBody(input=region.text, span=region.span, instruction=region.instruction, **body.sampling())
+        result = await result_of(request, service.engine, await _rewrite(service, span, caller_of(request)))
         after = len(region.text) - region.span[1]
         code = result.text[region.span[0] : len(result.text) - after]
         content = UNCHANGED if code == region.code else f"```\n{code}\n```"
-        return JSONResponse(_completion(service, content, result))
+        choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}
+        return JSONResponse({**_head(service, "edit.completion"), "choices": [choice], **_counted(result)})
 
     return router
 
@@ -109,37 +156,93 @@ def _content(messages: list[dict[str, Any]]) -> str:
     return content
 
 
-async def _edit(service: Service, body: EditBody, region: Region, caller: str) -> Job:
+async def _rewrite(service: Service, body: SpanBody, caller: str) -> Job:
+    """Queue an edit, which may run between two canvases of a chat. Raises Refusal and PromptError."""
+    before, own, after = body.parts
     options = service.canvas_options(body.sampling())
-    asked = f"{region.instruction}\n\n{region.code}"
-    prompt = await service.chat_prompt([{"role": "user", "content": asked}])
+    chat = body.messages or []
+    if body.instruction is not None:
+        asked = {"role": "user", "content": f"{body.instruction}\n\n{own}"}
+        said = [*chat, {"role": "assistant", "content": body.input}] if chat else []
+        prompt = await service.chat_prompt([*said, asked])
+    elif chat:
+        prompt = await service.chat_prompt(chat)
+    else:
+        prompt = await service.prompt(lambda processor: processor.raw_prompt(before))
     options = service.checked(prompt, options)
+    longest = service.engine.loaded.model.config.canvas_length * 3 // 4
+
+    def tell(event: Event) -> None:
+        if isinstance(event, Draft | Commit):
+            job.hand_over(event)
 
     def work(turn: Turn) -> Generator[Item, None, None]:
+        if body.instruction is None:
+            room = max(2 * len(text_tokens(turn.processor, own)), LEAST_ROOM)
+            parts = [part for part in (before, Hole(min(room, longest)), after) if part]
+            yield infill(
+                turn.model,
+                turn.processor,
+                parts,
+                prompt if chat else None,
+                options,
+                cache=turn.cache,
+                cancel=turn.cancel,
+                on_event=tell,
+            )
+            return
         yield edit(
             turn.model,
             turn.processor,
-            region.text,
-            region.span,
-            region.instruction,
-            STRENGTH,
+            body.input,
+            body.span,
+            prompt,
+            body.strength,
             options,
             cache=turn.cache,
             cancel=turn.cancel,
+            on_event=tell,
         )
 
-    job = Job(work, prompt, caller, urgent=True)
+    job = Job(work, prompt, caller, drafts=body.frames, urgent=True)
     service.engine.submit(job)
     return job
 
 
-def _completion(service: Service, content: str, result: Result) -> dict[str, Any]:
-    return {
-        "id": f"edit-{secrets.token_hex(12)}",
-        "object": "edit.completion",
-        "created": int(time.time()),
-        "model": service.name,
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": "stop"}],
-        "usage": usage(result.stats),
-        "timings": timings(result.stats),
-    }
+async def _frames(request: Request, service: Service, body: SpanBody, job: Job) -> AsyncGenerator[str, None]:
+    """Write the whole text chunk by chunk, as it becomes certain, and how it went at last."""
+    head = _head(service, "edit.chunk")
+    try:
+        async with aclosing(items_of(request, service.engine, job)) as items:
+            async for item in items:
+                match item:
+                    case Draft():
+                        yield data_frame({**head, "choices": [], **diffusion_frame(item), "holes": item.holes})
+                    case Commit():
+                        yield data_frame({**head, "choices": [_choice(item.text)]})
+                    case Result():
+                        outcome = _outcome(body, item)
+                        yield data_frame({**head, "choices": [_choice("", finish_of(item, ()))], **outcome})
+    except Exception as error:
+        yield error_frame(request, error)
+        return
+    yield "data: [DONE]\n\n"
+
+
+def _choice(text: str, finish: str | None = None) -> dict[str, Any]:
+    return {"index": 0, "text": text, "finish_reason": finish}
+
+
+def _outcome(body: SpanBody, result: Result) -> dict[str, Any]:
+    """Tell what changed, and what it cost."""
+    diff = unified_diff(body.input, result.text)
+    return {"diff": diff, "seed": result.seed, **_counted(result)}
+
+
+def _counted(result: Result) -> dict[str, Any]:
+    return {"usage": usage(result.stats), "timings": timings(result.stats)}
+
+
+def _head(service: Service, kind: str) -> dict[str, Any]:
+    identity = f"edit-{secrets.token_hex(12)}"
+    return {"id": identity, "object": kind, "created": int(time.time()), "model": service.name}

@@ -22,6 +22,7 @@ from ..fields import (
     SamplingFields,
     caller_of,
     chosen_tool,
+    diffusion_frame,
     finish_of,
     function_tools,
     is_thinking,
@@ -177,7 +178,7 @@ async def _frames(asked: _Asked) -> AsyncGenerator[str, None]:
                     case Draft() if asked.body.diffusing:
                         yield asked.delta({"content": whole + item.text})
                     case Draft():
-                        yield asked.delta({}, **_frame(item))
+                        yield asked.delta({}, **diffusion_frame(item))
                     case Commit():
                         tokens += item.tokens
                         for piece in pieces_of(item):
@@ -205,17 +206,3 @@ async def _frames(asked: _Asked) -> AsyncGenerator[str, None]:
 def _call(call: ToolCall) -> dict[str, Any]:
     arguments = json.dumps(call.arguments, ensure_ascii=False)
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
-
-
-def _frame(draft: Draft) -> dict[str, Any]:
-    """Write a denoising step: what a chunk has beside its empty delta."""
-    return {
-        "type": "diffusion_frame",
-        "block": draft.canvas,
-        "step": draft.step,
-        "total": draft.max_steps,
-        "text": draft.text,
-        "pieces": draft.pieces,
-        "accepted": draft.accepted,
-        "entropy": [round(value, 4) for value in draft.entropy],
-    }

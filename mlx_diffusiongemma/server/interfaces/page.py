@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
+from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, HTMLResponse
 
 from ..service import Service
 
 FOLDER = Path(__file__).parents[1] / "page"
+FILES = frozenset(path.name for path in FOLDER.iterdir())
 # Nothing comes from elsewhere, and no text can become a script.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src data: blob:; connect-src 'self'; "
@@ -22,7 +24,7 @@ POLICY = (
 
 DOCS = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>DiffusionGemma: addresses</title><link rel="stylesheet" href="page.css"></head>
+<title>DiffusionGemma: addresses</title><link rel="stylesheet" href="page/page.css"></head>
 <body><header><h1>Addresses</h1><a href="openapi.json">openapi.json</a></header>
 <main><dl>{rows}</dl></main></body></html>
 """
@@ -42,13 +44,11 @@ def routes(service: Service) -> APIRouter:
         rows = "".join(_rows(request.app.openapi()["paths"]))
         return HTMLResponse(DOCS.format(rows=rows), headers={"Content-Security-Policy": POLICY})
 
-    @router.get("/page.css")
-    async def style() -> FileResponse:
-        return _file("page.css")
-
-    @router.get("/page.js")
-    async def script() -> FileResponse:
-        return _file("page.js")
+    @router.get("/page/{name}")
+    async def asset(name: str) -> FileResponse:
+        if name not in FILES:
+            raise HTTPException(404)
+        return _file(name)
 
     return router
 

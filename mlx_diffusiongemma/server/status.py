@@ -8,8 +8,8 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
-from ..refusals import Refusal
-from ..service import Service
+from .refusals import Refusal
+from .service import Service
 
 
 def routes(service: Service) -> APIRouter:
