@@ -283,6 +283,22 @@ def test_what_cannot_be_done_is_said_in_a_sentence(demo_float32, tmp_path, argum
     assert not (tmp_path / "adapters").exists()
 
 
+def test_a_plan_says_what_memory_it_takes(demo_float32, data):
+    planned = run("--model", demo_float32, "--plan", cwd=data)
+    assert planned.exit_code == 0 and "Memory to train on 1 × 2,111 tokens, GB" in planned.stdout
+    assert "plain: fits Macs from" in planned.stdout and "--grad-checkpoint: fits Macs from" in planned.stdout
+    with_data = run("--model", demo_float32, "--data", ".", "--plan", cwd=data)
+    assert re.search(r"Memory to train on 1 × \d\d tokens", with_data.stdout)
+    assert not (data / "adapters").exists()
+
+
+def test_a_run_that_cannot_fit_is_refused_before_the_weights_are_read(demo_float32, data, monkeypatch):
+    monkeypatch.setattr("mlx_diffusiongemma.training.memory.usable_bytes", lambda: 10**6)
+    monkeypatch.setattr("mlx_diffusiongemma.commands.training.running.load_source", None)
+    done = run("--model", demo_float32, "--data", ".", *SHORT, cwd=data)
+    assert done.exit_code == 1 and "Training needs about 0.0 GB" in done.stderr
+
+
 def test_old_examples_are_mixed_in(demo_float32, data, tmp_path):
     (data / "old").mkdir()
     (data / "old" / "train.jsonl").write_text('{"prompt": "reverse ab", "completion": "ba"}\n')

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ...checkpoints.adapter_files import read_adapter, read_arrays
+from ...checkpoints.adapter_files import load_adapter, read_arrays
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.memory import CACHE_LIMIT
 from ...errors import TrainingError
@@ -21,6 +21,7 @@ from ...model.adapters import use_arrays
 from ...paths import user_path
 from ...processing.processor import Processor
 from ...training.data import Record, mix_records, read_folder
+from ...training.memory import check_memory
 from ...training.trainer import BEST, Report, TrainingResult, evaluate, prepare, train
 from ..common import announced_model, load_source, notice, say
 from .reporting import Narrator, Places, Reporter, losses, scored
@@ -41,7 +42,10 @@ def run(settings: Settings, *, yes: bool) -> None:
     places = Places.named(settings.report_to or "")
     kept = CACHE_LIMIT if settings.clear_cache_threshold is None else size_in_bytes(settings.clear_cache_threshold)
     source = announced_model(settings.model, yes=yes)
-    data = _read(settings, source)
+    checkpoint = Checkpoint.open(source)
+    data = read_data(settings, checkpoint)
+    if settings.trains:
+        check_memory(checkpoint, settings.options, longest(data, checkpoint.config.canvas_length))
     model, processor = load_source(source, fuse=False)  # an adapter goes beside each projection
     mx.set_cache_limit(kept)
     if settings.trains:
@@ -53,9 +57,8 @@ def run(settings: Settings, *, yes: bool) -> None:
         say(f"Next: mlx-dg generate --model {shlex.quote(source)} --adapter {shlex.quote(settings.adapter_path)} …")
 
 
-def _read(settings: Settings, source: str) -> Data:
+def read_data(settings: Settings, checkpoint: Checkpoint) -> Data:
     """Read all examples, and say how many there are. Raises TrainingError."""
-    checkpoint = Checkpoint.open(source)
     processor = Processor.from_directory(checkpoint.directory, checkpoint.config)
     options, folder = settings.options, settings.data or ""
     required = ["train"] * settings.trains + ["test"] * settings.test
@@ -74,6 +77,12 @@ def _read(settings: Settings, source: str) -> Data:
     if cut:
         notice(f"{cut:,} of {len(examples):,} replies are cut at {options.max_seq_length} tokens and teach no ending.")
     return data
+
+
+def longest(data: Data, canvas: int) -> int:
+    """The most tokens of an example to learn: its prompt, and its reply in whole canvases."""
+    examples = [example for name in ("train", "valid") for record in data[name] for example in record.examples]
+    return max(len(example.prompt) + -(-len(example.reply) // canvas) * canvas for example in examples)
 
 
 def _train(settings: Settings, model: DiffusionGemma, processor: Processor, data: Data, places: Places) -> None:
@@ -125,7 +134,7 @@ def _test(settings: Settings, model: DiffusionGemma, processor: Processor, recor
     """Measure the model on the test data: as it was just trained, else with the adapter of an earlier run."""
     options = replace(settings.options, val_batches=settings.test_batches)
     if not settings.trains:
-        adapter = read_adapter(settings.adapter_path)
+        adapter = load_adapter(settings.adapter_path)
         prepare(model, replace(options, adapter=adapter.config))
         use_arrays(model, adapter.arrays)
     measured, score = evaluate(model, processor, records, options)
