@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ...checkpoints.adapter_files import read_adapter, read_arrays
+from ...checkpoints.adapter_files import load_adapter, read_arrays
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.memory import CACHE_LIMIT
 from ...errors import TrainingError
@@ -125,7 +125,7 @@ def _test(settings: Settings, model: DiffusionGemma, processor: Processor, recor
     """Measure the model on the test data: as it was just trained, else with the adapter of an earlier run."""
     options = replace(settings.options, val_batches=settings.test_batches)
     if not settings.trains:
-        adapter = read_adapter(settings.adapter_path)
+        adapter = load_adapter(settings.adapter_path)
         prepare(model, replace(options, adapter=adapter.config))
         use_arrays(model, adapter.arrays)
     measured, score = evaluate(model, processor, records, options)
