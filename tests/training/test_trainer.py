@@ -165,7 +165,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_adapter(demo_flo
     kept = mx.load(str(tmp_path / "broken" / "adapters.safetensors"))
     for name, array in tree_flatten(model.trainable_parameters()):
         assert mx.array_equal(kept[name], array) and mx.isfinite(array).all()
-    state, metadata = mx.load(str(tmp_path / "broken" / "training.safetensors"), return_metadata=True)
+    _, metadata = mx.load(str(tmp_path / "broken" / "training.safetensors"), return_metadata=True)
     assert json.loads(metadata["progress"])["done"] == 2
 
 
