@@ -59,7 +59,10 @@ def embedding_scale(embedding: Embedding, hidden_size: int) -> mx.array:
 
 
 def embedding_dtype(embedding: Embedding) -> mx.Dtype:
-    return embedding.weight.dtype if isinstance(embedding, nn.Embedding) else embedding.scales.dtype
+    """The dtype of embedded tokens. Scales of other modes than affine are codes, and give bfloat16."""
+    if isinstance(embedding, nn.Embedding):
+        return embedding.weight.dtype
+    return embedding.scales.dtype if embedding.mode == "affine" else mx.bfloat16
 
 
 def expected_embedding(embedding: Embedding, probabilities: mx.array) -> mx.array:
