@@ -136,8 +136,10 @@ def read_records(path: str | Path, processor: Processor, max_tokens: int) -> lis
 
 def mix_records(records: Sequence[Record], others: Sequence[Record], share: float, seed: int) -> list[Record]:
     """Add as many of `others`, drawn with `seed`, as make up `share` (0 ≤ share < 1) of the result, repeating them
-    evenly where they are too few: examples of what the model shall not forget.
+    evenly where they are too few: examples of what the model shall not forget. Raises TrainingError.
     """
+    if not 0 <= share < 1:
+        raise TrainingError(f"The share of the examples that are mixed in is {share}; give one from 0 to below 1.")
     wanted = round(len(records) * share / (1 - share))
     rounds, rest = divmod(wanted, len(others))
     return [*records, *list(others) * rounds, *random.Random(seed).sample(others, rest)]

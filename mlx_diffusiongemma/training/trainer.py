@@ -51,6 +51,13 @@ class Losses:
 
 
 @dataclass(frozen=True)
+class UpdateReport:
+    """One more update is done. iteration: how many are now."""
+
+    iteration: int
+
+
+@dataclass(frozen=True)
 class TrainReport:
     """Losses over the last updates. iteration: updates done. seconds: they took. peak_memory: bytes."""
 
@@ -80,7 +87,7 @@ class SaveReport:
     directory: Path
 
 
-Report = TrainReport | ValidationReport | SaveReport
+Report = UpdateReport | TrainReport | ValidationReport | SaveReport
 
 
 @dataclass(frozen=True)
@@ -169,6 +176,7 @@ class _Run:
                 raise
             self.progress = replace(self.progress, done=self.progress.done + 1)
             done, is_last = self.progress.done, self.progress.done == options.iters
+            on_report(UpdateReport(done))
             if done % options.steps_per_report == 0 or is_last:
                 now = time.perf_counter()
                 rate = _number(self.optimizer.learning_rate)

@@ -267,3 +267,5 @@ def test_old_tasks_make_up_their_share(processor, write):
     counts = [half.count(record) for record in old]
     assert sorted(counts) == [4, 5, 5, 5]
     assert half == mix_records(new, old, 0.5, seed=1) != mix_records(new, old, 0.5, seed=2)
+    with pytest.raises(TrainingError, match="from 0 to below 1"):
+        mix_records(new, old, 1.0, seed=1)

@@ -65,7 +65,9 @@ def read_data(settings: Settings, checkpoint: Checkpoint) -> Data:
     data = read_folder(folder, processor, options.max_seq_length, required)
     if settings.mix:
         others = read_folder(settings.mix, processor, options.max_seq_length)["train"]
+        known = len(data["train"])
         data["train"] = mix_records(data["train"], others, settings.mix_share, options.seed)
+        say(f"Mixed in: {len(data['train']) - known:,} of {settings.mix}")
     if settings.trains and not data["valid"]:
         for name, value in (("--generate", options.generate), ("--patience", options.patience)):
             if value:
@@ -81,7 +83,7 @@ def read_data(settings: Settings, checkpoint: Checkpoint) -> Data:
 
 def longest(data: Data, canvas: int) -> int:
     """The most tokens of an example to learn: its prompt, and its reply in whole canvases."""
-    examples = [example for name in ("train", "valid") for record in data[name] for example in record.examples]
+    examples = [example for records in data.values() for record in records for example in record.examples]
     return max(len(example.prompt) + -(-len(example.reply) // canvas) * canvas for example in examples)
 
 
@@ -91,9 +93,9 @@ def _train(settings: Settings, model: DiffusionGemma, processor: Processor, data
     initial = None
     if settings.resume_adapter_file:
         initial = read_arrays(user_path(settings.resume_adapter_file))
-    narrate = Narrator(options.iters)
     with (
         Reporter(places, settings.project_name, directory, asdict(settings)) as write,
+        Narrator(options.iters) as narrate,
         _cancelled_by_interruption() as cancel,
     ):
 
