@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .calibration import Calibration, calibrate, check_calibration, read_prompts
     from .check import check_checkpoint
     from .conversion import check_conversion, convert_checkpoint, plan_conversion, plan_tensors
+    from .fusing import FuseReport, fuse_adapter
     from .plan import Plan
     from .quantization import RECIPES
     from .report import ConversionReport
@@ -21,6 +22,7 @@ _HOMES = {
     "calibration": ("Calibration", "calibrate", "check_calibration", "read_prompts"),
     "check": ("check_checkpoint",),
     "conversion": ("check_conversion", "convert_checkpoint", "plan_conversion", "plan_tensors"),
+    "fusing": ("FuseReport", "fuse_adapter"),
     "plan": ("Plan",),
     "quantization": ("RECIPES",),
     "report": ("ConversionReport",),
@@ -32,6 +34,7 @@ __all__ = [
     "RECIPES",
     "Calibration",
     "ConversionReport",
+    "FuseReport",
     "Plan",
     "calibrate",
     "check_calibration",
@@ -39,6 +42,7 @@ __all__ = [
     "check_conversion",
     "check_upload",
     "convert_checkpoint",
+    "fuse_adapter",
     "plan_conversion",
     "plan_tensors",
     "read_prompts",

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .checkpoints.adapter_files import load_adapter
     from .checkpoints.loading import load
     from .config import ModelConfig, Quantization
     from .errors import (
+        AdapterError,
         BusyError,
         CanvasError,
         CheckpointError,
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
         MemoryWarning,
         MissingBackendError,
         PromptError,
+        TrainingError,
     )
     from .events import Commit, Done, Draft, Event, Filled, Prefill, Reply, Result, Stats, ToolCall
     from .filling.choosing import choose
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from .generation.canvas import Canvas
     from .generation.replying import collect, generate, stream
     from .generation.session import ChatSession
+    from .model.adapters import Adapter
     from .options import MODES, GenerationOptions
     from .processing.processor import Processor, Prompt
 
@@ -40,6 +44,7 @@ _HOMES = {
     "config": ("ModelConfig", "Quantization"),
     "options": ("MODES", "GenerationOptions"),
     "errors": (
+        "AdapterError",
         "BusyError",
         "CanvasError",
         "CheckpointError",
@@ -47,10 +52,13 @@ _HOMES = {
         "MemoryWarning",
         "MissingBackendError",
         "PromptError",
+        "TrainingError",
     ),
     "events": ("Commit", "Done", "Draft", "Event", "Filled", "Prefill", "Reply", "Result", "Stats", "ToolCall"),
     "processing.processor": ("Processor", "Prompt"),
+    "checkpoints.adapter_files": ("load_adapter",),
     "checkpoints.loading": ("load",),
+    "model.adapters": ("Adapter",),
     "generation.canvas": ("Canvas",),
     "generation.asynchronous": ("agenerate", "astream"),
     "generation.batch": ("generate_batch",),
@@ -66,6 +74,8 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "MODES",
+    "Adapter",
+    "AdapterError",
     "Alternative",
     "Attempt",
     "BusyError",
@@ -99,6 +109,7 @@ __all__ = [
     "Stats",
     "Text",
     "ToolCall",
+    "TrainingError",
     "__version__",
     "agenerate",
     "astream",
@@ -110,6 +121,7 @@ __all__ = [
     "generate_batch",
     "infill",
     "load",
+    "load_adapter",
     "stream",
 ]
 

@@ -28,6 +28,7 @@ from .commands.keeping.logs import logs
 from .commands.models import models
 from .commands.replay import replay
 from .commands.serving.serve import serve
+from .commands.training.train import train
 from .errors import DiffusionGemmaError
 
 EXAMPLES = {
@@ -71,6 +72,12 @@ EXAMPLES = {
         mlx-dg bench --plan --context 32768
         mlx-dg bench --steps 4,8 --json > report.json
         mlx-dg bench --against mlx-community/gemma-3-4b-it-4bit""",
+    "train": """
+        mlx-dg train --data examples --iters 500
+        mlx-dg train --data examples -c lora_config.yaml --grad-checkpoint
+        mlx-dg train --data examples --generate 50 --patience 5 --test --train
+        mlx-dg train --data examples --iters 1000 --resume
+        mlx-dg train --data examples --test""",
     "serve": """
         mlx-dg serve
         mlx-dg serve --model my-finetune-8bit --port 8012
@@ -264,6 +271,7 @@ app.command(cls=Verb, epilog=_epilog("infill"), short_help="Fill the holes in a 
 app.command(cls=Verb, epilog=_epilog("edit"), short_help="Rewrite some lines of a file; print the diff.")(edit)
 app.command(cls=Verb, epilog=_epilog("serve"), short_help="Let apps use the model; a page to watch it.")(serve)
 app.command(cls=Verb, epilog=_epilog("demo"), short_help="Run the small checkpoint in this package.")(demo)
+app.command(cls=Verb, epilog=_epilog("train"), short_help="Teach the model a task; resumable.")(train)
 app.add_typer(models, name="models", epilog=_epilog("models"), short_help="List the models known here; remove one.")
 app.add_typer(logs, name="logs", epilog=_epilog("logs"), short_help="List, print or delete kept conversations.")
 app.command(cls=Verb, epilog=_epilog("check"), short_help="Read a checkpoint and say what is wrong with it.")(check)

@@ -21,6 +21,14 @@ class CanvasError(DiffusionGemmaError):
     """A starting canvas does not fit the model or the request."""
 
 
+class AdapterError(DiffusionGemmaError):
+    """An adapter's files or settings cannot be used, or not with this model."""
+
+
+class TrainingError(DiffusionGemmaError):
+    """Training data or settings cannot be used, or training cannot go on."""
+
+
 class MissingBackendError(DiffusionGemmaError, ImportError):
     """MLX is not installed, or without a backend for this machine."""
 

@@ -26,7 +26,7 @@ LAYERS = [
     {"model", "processing"},
     {"checkpoints"},
     {"generation"},
-    {"filling", "display"},
+    {"filling", "training", "display"},
     {"convert"},
     {"benchmark", "server"},
     {"commands"},

@@ -20,6 +20,7 @@ from ..model.joining import fusible
 from ..model.moe import Experts
 from ..model.scaled import add_tensor_scales
 from ..model.vision import VisionModel
+from .adapter_files import load_adapter
 from .checkpoint import Checkpoint
 from .memory import check_fits, set_limits
 from .safetensors import Entry
@@ -36,17 +37,24 @@ Tensors = Mapping[str, Entry]
 
 
 def load(
-    path_or_repo: str | Path, *, revision: str | None = None, progress: Progress | None = None, fuse: bool = True
+    path_or_repo: str | Path,
+    *,
+    revision: str | None = None,
+    progress: Progress | None = None,
+    fuse: bool = True,
+    adapter: str | Path | None = None,
 ) -> tuple[DiffusionGemma, Processor]:
     """A converted checkpoint's model and processor, weights in memory and safe to use from any thread.
 
     path_or_repo: a directory or a Hugging Face repository, which is downloaded first. progress: called with layers
     done and their number. fuse: on a GPU, join projections of one input; without it, every module computes on its own.
+    adapter: a directory or repository with one that the model is to use, see `load_adapter`.
     Bounds MLX's cache of freed memory, and warns (MemoryWarning) where a long prompt will not fit.
-    Raises CheckpointError.
+    Raises CheckpointError and AdapterError.
     """
     from ..processing.processor import Processor
 
+    trained = None if adapter is None else load_adapter(adapter)  # what is wrong with it is said before the long part
     checkpoint = Checkpoint.open(path_or_repo, revision)
     config = checkpoint.config
     _check_complete(checkpoint, path_or_repo)
@@ -64,6 +72,7 @@ def load(
     # Nothing but the model may hold its arrays: those that it joins or widens, a layer at a time, are freed then.
     model.load_weights(list(checkpoint.arrays(text).items()))
     _evaluate(model, checkpoint.directory, progress, fuse and _fusing_pays())
+    model.use_adapter(trained)
     return model, processor
 
 

@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from .common import Model, Yes, announce_download, load_model, named_model, notice, whole
+from .common import AdapterPath, Model, Yes, announce_download, load_model, named_model, notice, whole
 
 
 def bench(
     model: Model = None,
+    adapter: AdapterPath = None,
     steps: Annotated[
         str, typer.Option("--steps", metavar="N,N", help="Fixed amounts of work, comma-separated.")
     ] = "8,16",
@@ -68,7 +69,7 @@ def bench(
         announce_download(against, None, DEFAULT_ALLOW_PATTERNS, yes=yes)
         _log(f"the prompts' answers of {against}")
         rival = measure_autoregressive(against, max_tokens=max_tokens)
-    loaded, processor = load_model(model, yes=yes)
+    loaded, processor = load_model(model, yes=yes, adapter=adapter)
     report = run_benchmark(loaded, processor, steps=counts, max_tokens=max_tokens, against=rival, log=_log)
     if as_json:
         typer.echo(json.dumps(report.to_dict()))

@@ -89,6 +89,10 @@ Model = Annotated[
         "--model", metavar="NAME", help="A path, a hub repository or a name that `mlx-dg models` lists [the last used]."
     ),
 ]
+AdapterPath = Annotated[
+    str | None,
+    typer.Option("--adapter", "--adapter-path", metavar="DIR", help="What `mlx-dg train` wrote, or a PEFT adapter."),
+]
 Steps = Annotated[
     int | None,
     typer.Option("--steps", metavar="N", parser=whole(1), help="Most denoising steps per canvas [the checkpoint's]."),
@@ -158,12 +162,12 @@ def end_line() -> None:
         typer.echo()
 
 
-def load_model(name: str | None, *, yes: bool = False) -> tuple[DiffusionGemma, Processor]:
+def load_model(name: str | None, *, yes: bool = False, adapter: str | None = None) -> tuple[DiffusionGemma, Processor]:
     """Load the model that `--model` names, or the one to use without it, and remember it. Raises CheckpointError.
 
-    yes: download what is missing without asking.
+    yes: download what is missing without asking. adapter: see `load`.
     """
-    return load_source(announced_model(name, yes=yes))
+    return load_source(announced_model(name, yes=yes), adapter)
 
 
 def announced_model(name: str | None, *, yes: bool = False) -> str:
@@ -175,8 +179,10 @@ def announced_model(name: str | None, *, yes: bool = False) -> str:
     return source
 
 
-def load_source(source: str) -> tuple[DiffusionGemma, Processor]:
-    """Load the model in a directory or repository and remember it. Raises CheckpointError."""
+def load_source(source: str, adapter: str | None = None, *, fuse: bool = True) -> tuple[DiffusionGemma, Processor]:
+    """Load the model in a directory or repository (see `load`), and remember it. Raises CheckpointError and
+    AdapterError.
+    """
     import warnings
 
     from .. import load
@@ -185,7 +191,7 @@ def load_source(source: str) -> tuple[DiffusionGemma, Processor]:
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MemoryWarning)
-        loaded = load(source)
+        loaded = load(source, fuse=fuse, adapter=adapter)
     for warning in caught:
         notice(str(warning.message))
     remember(source, notice)

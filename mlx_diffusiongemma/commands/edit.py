@@ -8,6 +8,7 @@ import typer
 
 from ..errors import PromptError
 from .common import (
+    AdapterPath,
     AsJson,
     Heat,
     LiveCanvas,
@@ -47,6 +48,7 @@ def edit(
         bool, typer.Option("--write", help="Replace FILE as well; else only the diff is printed.")
     ] = False,
     model: Model = None,
+    adapter: AdapterPath = None,
     steps: Steps = None,
     seed: Seed = None,
     live: LiveCanvas = None,
@@ -75,7 +77,7 @@ def edit(
     if not text:
         raise PromptError("The text is empty; there is nothing to edit.")
     options = GenerationOptions(max_steps=steps, seed=seed)
-    loaded, processor = load_model(model, yes=yes)
+    loaded, processor = load_model(model, yes=yes, adapter=adapter)
     with watched(
         live=live,
         heat=heat,

@@ -24,6 +24,7 @@ from .chatting.decoding import (
 )
 from .chatting.tools import load_functions
 from .common import (
+    AdapterPath,
     AsJson,
     CanvasLength,
     Confidence,
@@ -62,6 +63,7 @@ def generate(
         str | None, typer.Argument(metavar="PROMPT", help="The prompt; - or nothing reads it from stdin.")
     ] = None,
     model: Model = None,
+    adapter: AdapterPath = None,
     prompt_option: Annotated[
         str | None, typer.Option("--prompt", "-p", metavar="PROMPT", help="mlx-lm's spelling of PROMPT.")
     ] = None,
@@ -143,7 +145,7 @@ def generate(
         # Before the model is loaded, so that nothing is computed for a file that cannot be.
         writer = stack.enter_context(TraceWriter(trace, text, force=force)) if trace else None
         source = named_model(model or (last.model if last else None))
-        loaded, processor = load_model(source, yes=yes)
+        loaded, processor = load_model(source, yes=yes, adapter=adapter)
         session = ChatSession(loaded, processor, system, list(functions.values()), thinking, options)
         keeper = Keeper(session, source, notice)
         if last:

@@ -11,6 +11,7 @@ import typer
 from ..errors import PromptError
 from ..files import check_place, write_file
 from .common import (
+    AdapterPath,
     AsJson,
     Heat,
     LiveCanvas,
@@ -67,6 +68,7 @@ def infill(
         Path | None, typer.Option("-o", "--out", metavar="FILE", help="Write the text to this file instead.")
     ] = None,
     model: Model = None,
+    adapter: AdapterPath = None,
     steps: Steps = None,
     seed: Seed = None,
     live: LiveCanvas = None,
@@ -104,7 +106,7 @@ def infill(
         why = "a hole of one token has one length" if tokens == 1 else "the model ends a hole at the text's end itself"
         raise typer.BadParameter(f"--exact changes nothing here: {why}; leave it out")
     options = GenerationOptions(max_tokens=max(tokens * holes, 1), max_steps=steps, seed=seed)
-    loaded, processor = load_model(model, yes=yes)
+    loaded, processor = load_model(model, yes=yes, adapter=adapter)
     # A pipe gets the text when it is whole; a terminal, as it becomes certain.
     prints = sys.stdout.isatty() and not (write or out or as_json)
     with watched(

@@ -5,9 +5,10 @@ the canvas. `encode` is the only writer of the cache; `denoise` only reads it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 import mlx.core as mx
@@ -17,6 +18,7 @@ from ..config import FULL, SLIDING, LayerConfig, ModelConfig, TextConfig
 from ..errors import CheckpointError
 from ..options import REFERENCE_SETTINGS, GenerationOptions
 from . import vocabulary
+from .adapters import Adapter, use_adapter
 from .budgets import PREFILL_CHUNK
 from .cache import SNAPSHOT_BYTES, Block, Cache, CacheRows, Label
 from .joining import fusible
@@ -89,7 +91,8 @@ class EncoderLayer(nn.Module):
 class LanguageModel(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.layers = [EncoderLayer() for _ in config.layers]
+        # A whole layer where an adapter is not for both towers alike: see `adapters`.
+        self.layers: list[EncoderLayer | DecoderLayer] = [EncoderLayer() for _ in config.layers]
 
 
 class Encoder(nn.Module):
@@ -123,6 +126,8 @@ class DiffusionGemma(nn.Module):
         self.options = (options or GenerationOptions()).filled_from(reference)
         self.model = Backbone(config)
         self._vision = _once(load_vision) if load_vision else None
+        # The own weights that trained ones stand for, by name; a dict would be taken for a part of the parameters.
+        self.replaced_weights: Mapping[str, mx.array] = MappingProxyType({})
 
     def make_cache(self, snapshot_bytes: int = SNAPSHOT_BYTES) -> Cache:
         """An empty prefix. snapshot_bytes: see `Cache`."""
@@ -140,6 +145,14 @@ class DiffusionGemma(nn.Module):
         """Undo `fuse`. The weights stay where they are in memory."""
         for module in fusible(self):
             module.unfuse()
+
+    def use_adapter(self, adapter: Adapter | None) -> None:
+        """Compute with this adapter instead of the one before, or with none; the base stays in memory.
+
+        What caches hold was computed with the adapter before: make new ones. Raises AdapterError where the adapter does
+        not fit, and leaves the model without one.
+        """
+        use_adapter(self, adapter)
 
     def encode(
         self,
@@ -245,7 +258,7 @@ class DiffusionGemma(nn.Module):
 
     def _encode(self, x: mx.array, cache: Cache | CacheRows, blocks: list[Block]) -> mx.array:
         """Append embeddings [B, N, H]. blocks: where among them images' tokens are."""
-        decoder, text, count = self.model.decoder, self.config.text, x.shape[1]
+        text, count = self.config.text, x.shape[1]
         if text.use_bidirectional_attention != "vision":
             blocks = []
         masks = {
@@ -253,12 +266,17 @@ class DiffusionGemma(nn.Module):
             FULL: cache.encoder_mask(count, None, blocks),
         }
         positions = cache.positions
-        scalars = self.model.encoder.language_model.layers
         caches: Sequence[LayerCache | LayerRows] = cache.layers
-        for config, layer, own, kept in zip(text.layers, decoder.layers, scalars, caches, strict=True):
-            x = layer(x, kept.append, positions, masks[config.kind], own.layer_scalar)
+        for config, (layer, scalar), kept in zip(text.layers, self.encoding_layers, caches, strict=True):
+            x = layer(x, kept.append, positions, masks[config.kind], scalar)
         cache.extended(count)
-        return decoder.norm(x)
+        return self.model.decoder.norm(x)
+
+    @property
+    def encoding_layers(self) -> list[tuple[DecoderLayer, mx.array]]:
+        """The layers that encode, and their scalars: the decoder's layers, or those that an adapter gave it."""
+        both = zip(self.model.decoder.layers, self.model.encoder.language_model.layers, strict=True)
+        return [(own if isinstance(own, DecoderLayer) else layer, own.layer_scalar) for layer, own in both]
 
     def denoise(
         self,

@@ -27,7 +27,8 @@ class Router(nn.Module):
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """x [tokens, hidden] -> experts [tokens, top_k] and their weights, float32."""
         scores = self.proj(mx.fast.rms_norm(x, self.scale, self.eps))
-        experts = mx.argpartition(scores, kth=-self.top_k, axis=-1)[..., -self.top_k :]
+        # The choice has no gradient; without saying so, MLX finds none for the indices and gives up.
+        experts = mx.stop_gradient(mx.argpartition(scores, kth=-self.top_k, axis=-1)[..., -self.top_k :])
         # Softmax over all experts, renormalised over the chosen, is softmax over the chosen.
         chosen = mx.take_along_axis(scores, experts, axis=-1).astype(mx.float32) * self.root_size
         return experts, mx.softmax(chosen, axis=-1) * self.per_expert_scale[experts]

@@ -59,7 +59,10 @@ def embedding_scale(embedding: Embedding, hidden_size: int) -> mx.array:
 
 
 def embedding_dtype(embedding: Embedding) -> mx.Dtype:
-    return embedding.weight.dtype if isinstance(embedding, nn.Embedding) else embedding.scales.dtype
+    """The dtype of embedded tokens. Scales of other modes than affine are codes, and give bfloat16."""
+    if isinstance(embedding, nn.Embedding):
+        return embedding.weight.dtype
+    return embedding.scales.dtype if embedding.mode == "affine" else mx.bfloat16
 
 
 def expected_embedding(embedding: Embedding, probabilities: mx.array) -> mx.array:
@@ -180,7 +183,7 @@ def read(
     total = _Total()
     for number, block in enumerate(embedding_blocks(embedding, length)):
         start = number * length
-        total.add(block, _process(_product(block, rows), bound, divisor), start, condition=key is not None)
+        total.add(block, _process(raw_logits(block, rows), bound, divisor), start, condition=key is not None)
         # One block after the other: evaluated together, all blocks would be alive at once.
         rows = mx.depends(rows, total.state)
     shape, sums = hidden.shape[:-1], total.sums
@@ -192,6 +195,13 @@ def read(
     group = _pick(total.group_masses(sums.top), uniforms[0])
     sample = group * GROUP + _pick(_member_weights(embedding, rows, group, bound, divisor), uniforms[1])
     return Reading(tokens, sample.reshape(shape), entropy, (sums.soft / sums.mass).reshape(hidden.shape), log_total)
+
+
+def log_total(embedding: Embedding, hidden: mx.array, cap: float) -> mx.array:
+    """The logarithm of the sum of all exponentials of the soft-capped logits, for hidden [..., H]: [...] float32."""
+    reading = read(embedding, hidden.reshape(1, -1, hidden.shape[-1]), cap, 1.0, None)
+    assert reading.log_total is not None  # `read` always computes it
+    return reading.log_total.reshape(hidden.shape[:-1])
 
 
 def sample_from(processed_logits: mx.array, key: mx.array) -> mx.array:
@@ -223,8 +233,8 @@ def _uniforms(key: mx.array, shape: tuple[int, ...], places: Places | None) -> m
     return mx.take_along_axis(draw_uniforms(key, (shape[0], length)), index[None], axis=2)
 
 
-def _product(block: Embedding, rows: mx.array) -> mx.array:
-    """rows [rows, hidden] -> raw logits [rows, block], in the model's dtype."""
+def raw_logits(block: Embedding, rows: mx.array) -> mx.array:
+    """Raw logits [rows, block] for rows [rows, hidden], in the model's dtype."""
     if isinstance(block, nn.Embedding) and mx.default_device() == mx.cpu:
         # The BLAS of MLX's Linux wheels multiplies by a transposed matrix one dot product at a time; with the matrix
         # copied the right way round, the same sums take two thirds of the time.

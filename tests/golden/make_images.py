@@ -131,23 +131,28 @@ def demo_canvas(name: str, length: int) -> np.ndarray:
 
 def seeded(case: ImageCase, *, exact: bool = True) -> Arrays:
     """Transformers on a seeded model, in float64 or else float32."""
+    with _precision(exact):
+        return _run(build(case, exact=exact), case.tokens("prompt"), case.pictures, case.tokens("first"))
+
+
+def build(case: ImageCase, *, exact: bool) -> Any:
+    """The case's model with its weights. Call it, and the model, within `_precision(exact)`."""
     import torch
     from golden.reference import DiffusionGemmaConfig
     from transformers.models.diffusion_gemma import modeling_diffusion_gemma as modeling
 
-    with _precision(exact):
-        config = DiffusionGemmaConfig(**case.config)
-        config._attn_implementation = config._experts_implementation = "eager"
-        config.vision_config._attn_implementation = "eager"
-        model = modeling.DiffusionGemmaForBlockDiffusion(config).to(torch.float64 if exact else torch.float32).eval()
-        saved = {
-            name: torch.from_numpy(case.weight(name, tuple(tensor.shape))).to(tensor.dtype)
-            for name, tensor in model.state_dict().items()
-            if name.startswith(("model.decoder.", "model.encoder.vision_tower.", "model.encoder.embed_vision."))
-            or name.endswith("layer_scalar")
-        }
-        model.load_state_dict(saved, strict=False)
-        return _run(model, case.tokens("prompt"), case.pictures, case.tokens("first"))
+    config = DiffusionGemmaConfig(**case.config)
+    config._attn_implementation = config._experts_implementation = "eager"
+    config.vision_config._attn_implementation = "eager"
+    model = modeling.DiffusionGemmaForBlockDiffusion(config).to(torch.float64 if exact else torch.float32).eval()
+    saved = {
+        name: torch.from_numpy(case.weight(name, tuple(tensor.shape))).to(tensor.dtype)
+        for name, tensor in model.state_dict().items()
+        if name.startswith(("model.decoder.", "model.encoder.vision_tower.", "model.encoder.embed_vision."))
+        or name.endswith("layer_scalar")
+    }
+    model.load_state_dict(saved, strict=False)
+    return model
 
 
 def demo(tokens: list[int], pictures: list[Picture], canvas: np.ndarray) -> Arrays:

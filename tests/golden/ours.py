@@ -11,11 +11,12 @@ from mlx.utils import tree_flatten
 
 from mlx_diffusiongemma.config import ModelConfig
 from mlx_diffusiongemma.model.diffusion_gemma import DiffusionGemma
+from mlx_diffusiongemma.model.vision import VisionModel
 
 if TYPE_CHECKING:
     from cases import Case
 
-    from mlx_diffusiongemma.model.vision import VisionModel
+VISION = "model.encoder."  # what the names of the vision tower's weights begin with where they are published
 
 
 def build(case: Case, load_vision: Callable[[], VisionModel] | None = None) -> DiffusionGemma:
@@ -24,6 +25,15 @@ def build(case: Case, load_vision: Callable[[], VisionModel] | None = None) -> D
     shapes = {name: array.shape for name, array in tree_flatten(model.parameters())}
     model.load_weights([(name, mx.array(case.weight(published_name(name), shape))) for name, shape in shapes.items()])
     return model
+
+
+def vision(case: Case) -> VisionModel:
+    """The case's vision tower with its weights, for `build`."""
+    config = ModelConfig.from_dict(case.config)
+    tower = VisionModel(config.vision, config.text.hidden_size)
+    shapes = {name: array.shape for name, array in tree_flatten(tower.parameters())}
+    tower.load_weights([(name, mx.array(case.weight(VISION + name, shape))) for name, shape in shapes.items()])
+    return tower
 
 
 def published_name(name: str) -> str:

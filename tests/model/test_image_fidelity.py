@@ -12,13 +12,10 @@ import pytest
 from golden import make_images, ours
 from golden.cases import TEMPERATURE, WINDOW
 from golden.make_images import CASES, DEMO_CASES, PATH, demo_canvas, demo_messages, demo_pictures, kept
-from mlx.utils import tree_flatten
 
 from mlx_diffusiongemma import load
-from mlx_diffusiongemma.config import ModelConfig
 from mlx_diffusiongemma.model import diffusion_gemma
 from mlx_diffusiongemma.model.diffusion_gemma import DiffusionGemma
-from mlx_diffusiongemma.model.vision import VisionModel
 
 TOLERANCE = 5e-5  # of the largest value
 
@@ -44,16 +41,7 @@ def of_case(golden: dict[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
 
 def build(case) -> DiffusionGemma:
     """This project's model of a case, its vision tower read at the first image."""
-    config = ModelConfig.from_dict(case.config)
-
-    def load_vision() -> VisionModel:
-        vision = VisionModel(config.vision, config.text.hidden_size)
-        shapes = {name: array.shape for name, array in tree_flatten(vision.parameters())}
-        weights = [(name, mx.array(case.weight(f"model.encoder.{name}", shape))) for name, shape in shapes.items()]
-        vision.load_weights(weights)
-        return vision
-
-    return ours.build(case, load_vision)
+    return ours.build(case, lambda: ours.vision(case))
 
 
 def run(model: DiffusionGemma, tokens, pictures, canvas, reference_logits=None) -> dict[str, np.ndarray]:

@@ -52,6 +52,16 @@ def assert_equals_the_definition(embedding: nn.Module, hidden: mx.array) -> voca
     return reading
 
 
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+def test_modes_whose_scales_are_codes_give_embeddings_and_not_codes(mode):
+    plain = random_embedding(97, 32)
+    embedding = nn.QuantizedEmbedding.from_embedding(plain, mode=mode, group_size=None, bits=None)
+    assert vocabulary.embedding_scale(embedding, 32).item() == pytest.approx(math.sqrt(32), rel=0.01)
+    likely = mx.where(mx.arange(97) == 5, 20.0, 0.0)[None, None]
+    soft = vocabulary.soft_embedding(embedding, likely)[0, 0].astype(mx.float32)
+    assert mx.abs(soft - plain.weight[5]).max() < 0.3 * mx.abs(plain.weight[5]).max()
+
+
 @pytest.mark.parametrize("bits", [None, 8], ids=["plain", "8-bit"])
 @pytest.mark.parametrize("block", [32, 64, 512, 4096])
 @pytest.mark.parametrize("tokens", [7, 32, 97, 1024, 1531])

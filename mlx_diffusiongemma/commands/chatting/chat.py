@@ -12,6 +12,7 @@ import typer
 from ...errors import DiffusionGemmaError, PromptError
 from ...paths import user_path
 from ..common import (
+    AdapterPath,
     CanvasLength,
     Confidence,
     Continue,
@@ -67,6 +68,7 @@ TAKE_PATHS = ("image", "video", "save", "load")
 
 def chat(
     model: Model = None,
+    adapter: AdapterPath = None,
     go_on: Continue = False,
     system: System = None,
     thinking: Thinking = False,
@@ -114,7 +116,7 @@ def chat(
     )
     last = read(find("")) if go_on else None
     source = named_model(model or (last.model if last else None))
-    loaded, processor = load_model(source, yes=yes)
+    loaded, processor = load_model(source, yes=yes, adapter=adapter)
     session = ChatSession(loaded, processor, system, list(functions.values()), thinking, options)
     keeper = Keeper(session, source, notice)
     talk = _Chat(session, functions, keeper, live, heat)

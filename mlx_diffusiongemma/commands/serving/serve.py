@@ -12,7 +12,19 @@ import typer
 
 from ...errors import PromptError
 from ..chatting.decoding import Decoding, chosen_decoder
-from ..common import MaxTokens, Mode, Model, Yes, announced_model, chosen_mode, load_source, number, say, whole
+from ..common import (
+    AdapterPath,
+    MaxTokens,
+    Mode,
+    Model,
+    Yes,
+    announced_model,
+    chosen_mode,
+    load_source,
+    number,
+    say,
+    whole,
+)
 
 # What to type, or where to, for the page and for each client; every line with the server's address.
 POINTERS = """\
@@ -29,6 +41,7 @@ API:          {url}/docs"""
 
 def serve(
     model: Model = None,
+    adapter: AdapterPath = None,
     host: Annotated[str, typer.Option("--host", metavar="ADDRESS", help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", metavar="N", parser=whole(0, 65535), help="The port; 0 is any free one.")
@@ -90,7 +103,7 @@ def serve(
     source = announced_model(model, yes=yes)
     _log_to_stderr(LOG)
     kept_bytes = None if keep is None else int(keep * 1e9)
-    engine = Engine(lambda: load_source(source), queue=queue, kept_bytes=kept_bytes)
+    engine = Engine(lambda: load_source(source, adapter), queue=queue, kept_bytes=kept_bytes)
     service = Service(engine, PurePath(source).name, options, context, strict_model, remote_images)
 
     def say_where(chosen: int) -> None:
