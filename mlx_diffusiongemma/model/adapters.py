@@ -247,8 +247,13 @@ def take_out(model: DiffusionGemma) -> None:
 
 
 def use_arrays(model: DiffusionGemma, arrays: Mapping[str, mx.array]) -> None:
-    """Give a model's adapter its trained arrays. Raises AdapterError where they are not those that it has."""
-    expected = trained_arrays(model)
+    """Give a model's adapter its trained arrays. Raises AdapterError where they are not those that it has.
+
+    A layer without any stays as it is put in, which changes nothing: others' adapters can leave out single layers.
+    """
+    given = {name.rpartition(".")[0] for name in arrays}
+    fresh = trained_arrays(model)
+    expected = {name: array for name, array in fresh.items() if name.rpartition(".")[0] in given} or fresh
     if problem := _difference(expected, arrays):
         raise AdapterError(f"The adapter does not fit this model: {problem}; use it with the model it was trained on.")
     model.load_weights([(name, array.astype(expected[name].dtype)) for name, array in arrays.items()], strict=False)

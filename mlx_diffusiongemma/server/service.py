@@ -13,6 +13,7 @@ from ..generation.request import make_request, request_options
 from ..options import OF_CAUSAL_DECODERS, GenerationOptions
 from .limits import check_depth, check_images
 from .refusals import Refusal
+from .remote import with_images_fetched
 from .work.engine import Engine
 from .work.waiting import Item, Job, Turn
 
@@ -42,7 +43,8 @@ class Service:
     """The model that the interfaces serve, and on which terms.
 
     name: of the model. options: of requests that do not say otherwise. context: most tokens of prompt and reply; None
-    is the model's own. strict_model: refuse requests for models of other names.
+    is the model's own. strict_model: refuse requests for models of other names. remote_images: fetch images that
+    requests name by https addresses.
     """
 
     engine: Engine
@@ -50,6 +52,7 @@ class Service:
     options: GenerationOptions
     context: int | None = None
     strict_model: bool = False
+    remote_images: bool = False
 
     @property
     def most_tokens(self) -> int:
@@ -93,9 +96,13 @@ class Service:
     async def chat_prompt(
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]] = (), thinking: bool = False
     ) -> Prompt:
-        """Render messages of a caller, who can name no files and no addresses. Raises Refusal and PromptError."""
+        """Render messages of a caller, who can name no files, and addresses of images only where that was opted for.
+        Raises Refusal and PromptError.
+        """
         check_images(messages)
         check_depth(list(tools), "tools")
+        if self.remote_images:
+            messages = await with_images_fetched(messages)
         return await self.prompt(
             lambda processor: processor.prompt(
                 messages, tools=tools, thinking=thinking, allow_files=False, allow_urls=False

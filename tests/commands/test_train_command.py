@@ -11,10 +11,12 @@ from contextlib import chdir
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
 from typer.testing import CliRunner
 
 from mlx_diffusiongemma import TrainingError
+from mlx_diffusiongemma.checkpoints.adapter_files import load_adapter
 from mlx_diffusiongemma.cli import app
 from mlx_diffusiongemma.commands.training.reporting import Narrator, Places, Reporter, duration
 from mlx_diffusiongemma.commands.training.settings import make_settings, size_in_bytes
@@ -334,3 +336,24 @@ def test_replies_that_are_cut_are_counted(demo_float32, data):
     (data / "train.jsonl").write_text(f"{line}\n{line}\n")
     done = run("--model", demo_float32, "--data", ".", *SHORT, "--max-seq-length", "40", cwd=data)
     assert "2 of 2 replies are cut at 40 tokens and teach no ending" in done.stderr, done.stderr
+
+
+def test_the_adapter_is_written_for_peft_too(data, demo_float32):
+    made = run("--model", demo_float32, "--data", data, *SHORT, "--export-peft", "for-peft", cwd=data)
+    assert made.exit_code == 0, made.output
+    own, others = load_adapter(data / "adapters"), load_adapter(data / "for-peft")
+    assert json.loads((data / "for-peft" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert own.arrays.keys() == others.arrays.keys()
+    assert all(mx.array_equal(array, others.arrays[name]) for name, array in own.arrays.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--export-peft", "a", "--fine-tune-type", "full"], "no form for whole weights"),
+        (["--export-peft", "adapters"], "are one folder"),
+    ],
+)
+def test_what_cannot_be_written_for_peft_is_refused_at_once(data, arguments, reason):
+    made = run("--model", data, "--data", data, *arguments, cwd=data)
+    assert made.exit_code == 1 and reason in made.output

@@ -118,6 +118,7 @@ def test_stop_strings_end_the_reply_even_across_canvases(stop, text):
     result = generate(scripted(sure("ABCDEFGH", LENGTH)), ByteProcessor(), "q", options=options)
     assert result.text == text
     assert result.finish_reason == ("length" if stop == "zz" else "stop")
+    assert result.stop_string == {"zz": None, ("HA", "BC"): "BC"}.get(stop, stop)
 
 
 def test_text_that_may_become_a_stop_string_is_held_back():

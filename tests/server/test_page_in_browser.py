@@ -194,6 +194,7 @@ def test_a_reply_is_rewritten_and_the_chat_goes_on_from_there(page):
 
 
 def test_a_selection_can_be_made_with_keys_alone(page):
+    set_seed(page, 0)
     ask(page, "abc def", "text")
     last(page, ".select").focus()
     page.keyboard.press("Enter")

@@ -71,6 +71,10 @@ def serve(
     strict_model: Annotated[
         bool, typer.Option("--strict-model", help="Refuse requests that name another model.")
     ] = False,
+    remote_images: Annotated[
+        bool,
+        typer.Option("--remote-images", help="Fetch images that requests name by https addresses, public ones alone."),
+    ] = False,
     yes: Yes = False,
 ) -> None:
     """Serve the model to apps, and a page to watch it, on this machine."""
@@ -100,7 +104,7 @@ def serve(
     _log_to_stderr(LOG)
     kept_bytes = None if keep is None else int(keep * 1e9)
     engine = Engine(lambda: load_source(source, adapter), queue=queue, kept_bytes=kept_bytes)
-    service = Service(engine, PurePath(source).name, options, context, strict_model)
+    service = Service(engine, PurePath(source).name, options, context, strict_model, remote_images)
 
     def say_where(chosen: int) -> None:
         named = f"[{host}]" if ":" in host else host

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ...checkpoints.adapter_files import load_adapter, read_arrays
+from ...checkpoints.adapter_files import export_peft, load_adapter, read_arrays
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.memory import CACHE_LIMIT
 from ...errors import TrainingError
@@ -39,6 +39,13 @@ def run(settings: Settings, *, yes: bool) -> None:
     """
     import mlx.core as mx
 
+    if settings.export_peft:
+        if settings.options.adapter.fine_tune_type == "full":
+            raise TrainingError("--export-peft has no form for whole weights; train lora or dora, or leave it out.")
+        if user_path(settings.export_peft).resolve() == user_path(settings.adapter_path).resolve():
+            raise TrainingError(
+                "--export-peft and --adapter-path are one folder; give two, for files of both have one name."
+            )
     places = Places.named(settings.report_to or "")
     kept = CACHE_LIMIT if settings.clear_cache_threshold is None else size_in_bytes(settings.clear_cache_threshold)
     source = announced_model(settings.model, yes=yes)
@@ -52,6 +59,9 @@ def run(settings: Settings, *, yes: bool) -> None:
         _train(settings, model, processor, data, places)
     if settings.test:
         _test(settings, model, processor, data["test"])
+    if settings.export_peft:
+        export_peft(user_path(settings.export_peft), load_adapter(settings.adapter_path))
+        say(f"Written for PEFT: {settings.export_peft}")
     if settings.trains:
         typer.echo(settings.adapter_path)
         say(f"Next: mlx-dg generate --model {shlex.quote(source)} --adapter {shlex.quote(settings.adapter_path)} …")

@@ -111,6 +111,9 @@ def train(
         str | None,
         typer.Option("--resume-adapter-file", metavar="FILE", help="Begin a new run with these weights."),
     ] = None,
+    export_peft: Annotated[
+        str | None, typer.Option("--export-peft", metavar="DIR", help="Also write the adapter as PEFT's.")
+    ] = None,
     mix: Annotated[
         str | None, typer.Option("--mix", metavar="DIR", help="A folder with examples of what it shall not forget.")
     ] = None,

@@ -150,7 +150,8 @@ at("clear").addEventListener("click", startOver);
 at("modes").addEventListener("change", showMode);
 document.querySelector("#settings form").addEventListener("submit", (event) => event.preventDefault());
 at("prompt").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && mode() !== "text") submit(event);
+  const isLine = event.shiftKey || (mode() === "text" && !event.ctrlKey && !event.metaKey);
+  if (event.key === "Enter" && !isLine && !event.isComposing) submit(event);
 });
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape") return;

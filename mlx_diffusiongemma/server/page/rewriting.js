@@ -65,12 +65,15 @@ async function rewrite(instruction) {
   if (!(await run(reply, "v1/edits", body, after))) return;
   reply.changed = reply.settled;
   const now = reply.changed.slice(before.length, reply.changed.length - after.length);
+  if (now === own) {
+    reply.end();
+    reply.cost.textContent = `Nothing changed. ${reply.cost.textContent}`;
+    return;
+  }
   reply.changes = [before, ...compare(own, now).map(marked), after];
-  const bar = reply.article.querySelector(".change");
-  bar.hidden = false;
-  bar.querySelector("span").textContent = now === own ? "Nothing changed." : "";
+  reply.article.querySelector(".change").hidden = false;
   reply.end();
-  bar.querySelector(".keep").focus();
+  reply.article.querySelector(".keep").focus();
 }
 
 function marked({ text, in: where }) {
