@@ -166,7 +166,7 @@ class _Run:
             on_report(self._validate())
         finish = "done"
         while self.progress.done < options.iters:
-            if cancel.is_set():
+            if self._is_cancelled(cancel):
                 finish = "cancelled"
                 break
             try:
@@ -193,6 +193,12 @@ class _Run:
                 on_report(self._save())
         on_report(self._save())
         return TrainingResult(finish, self.progress.done, self.progress.best)
+
+    def _is_cancelled(self, cancel: threading.Event) -> bool:
+        """Whether any machine is to end: all end after the same update."""
+        if self.group.size() == 1:
+            return cancel.is_set()
+        return _number(mx.distributed.all_sum(mx.array(float(cancel.is_set())), group=self.group)) > 0
 
     def _loss(self, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
         denoising, next_token = diffusion_loss(self.model, batch, checkpoint=self.options.grad_checkpoint)

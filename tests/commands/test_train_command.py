@@ -269,7 +269,7 @@ def test_an_interrupted_run_is_saved_and_can_go_on(demo_float32, data):
     said = process.stderr.read()
     assert process.wait(60) == 130
     assert "Ctrl-C again ends at once" in said
-    [done] = re.findall(r"interrupted after iteration (\d+), which is saved in adapters; the same command with", said)
+    [done] = re.findall(r"Interrupted after iteration (\d+), which is saved in adapters; the same command with", said)
     further = run(*arguments, "--iters", int(done) + 1, "--seed", 3, "--resume", cwd=data)
     assert further.exit_code == 0 and f"iteration {int(done) + 1}/{int(done) + 1}: loss" in further.stderr
 

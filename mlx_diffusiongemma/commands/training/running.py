@@ -55,8 +55,11 @@ def run(settings: Settings, *, yes: bool) -> None:
         check_memory(checkpoint, settings.options, longest(data, checkpoint.config.canvas_length))
     model, processor = load_source(source, fuse=False)  # an adapter goes beside each projection
     mx.set_cache_limit(kept)
+    is_first = mx.distributed.init().rank() == 0  # of the machines under mlx.launch: the one that speaks and writes
     if settings.trains:
-        _train(settings, model, processor, data, places)
+        _train(settings, model, processor, data, places if is_first else None)
+    if not is_first:
+        return
     if settings.test:
         _test(settings, model, processor, data["test"])
     if settings.export_peft:
@@ -97,21 +100,24 @@ def longest(data: Data, canvas: int) -> int:
     return max(len(example.prompt) + -(-len(example.reply) // canvas) * canvas for example in examples)
 
 
-def _train(settings: Settings, model: DiffusionGemma, processor: Processor, data: Data, places: Places) -> None:
-    """Train, saying how it goes. Raises typer.Exit(130) where it was interrupted."""
+def _train(settings: Settings, model: DiffusionGemma, processor: Processor, data: Data, places: Places | None) -> None:
+    """Train, saying how it goes and reporting to `places`, or silently for None. Raises typer.Exit(130) where it was
+    interrupted.
+    """
     directory, options = user_path(settings.adapter_path), settings.options
     initial = None
     if settings.resume_adapter_file:
         initial = read_arrays(user_path(settings.resume_adapter_file))
     with (
-        Reporter(places, settings.project_name, directory, asdict(settings)) as write,
+        Reporter(places or Places((), ()), settings.project_name, directory, asdict(settings)) as write,
         Narrator(options.iters) as narrate,
         _cancelled_by_interruption() as cancel,
     ):
 
         def tell(report: Report) -> None:
-            narrate(report)
-            write(report)
+            if places is not None:
+                narrate(report)
+                write(report)
 
         result = train(
             model,
@@ -125,16 +131,19 @@ def _train(settings: Settings, model: DiffusionGemma, processor: Processor, data
             on_report=tell,
             cancel=cancel,
         )
+    ended = _ended(result, directory)
+    if places is not None:
+        say(ended)
     if result.finish_reason == "cancelled":
-        notice(
-            f"interrupted after iteration {result.iterations}, which is saved in {directory}; the same command with "
-            "--resume goes on from there."
-        )
         raise typer.Exit(130)
-    say(_ended(result, directory))
 
 
 def _ended(result: TrainingResult, directory: Path) -> str:
+    if result.finish_reason == "cancelled":
+        return (
+            f"Interrupted after iteration {result.iterations}, which is saved in {directory}; the same command with "
+            "--resume goes on from there"
+        )
     why = " without further progress" if result.finish_reason == "patience" else ""
     text = f"Ended after {result.iterations} iterations{why}; the adapter is in {directory}"
     if result.best is None:
