@@ -37,6 +37,7 @@ class Settings:
     adapter_path: str = "adapters"
     resume: bool = False
     resume_adapter_file: str | None = None
+    export_peft: str | None = None
     mix: str | None = None
     mix_share: float = 0.05
     report_to: str | None = None
