@@ -140,10 +140,14 @@ def _check(content: Mapping[str, Any], where: str) -> None:
         raise AdapterError(
             f"{where} starts from {start!r}, which changes the base too; convert it to plain LoRA in PEFT."
         )
-    patterns = [content.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
-    numbers = [content.get("r"), content.get("lora_alpha"), *(value for each in patterns for value in each.values())]
+    numbers = [content.get("r"), content.get("lora_alpha")]
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = content.get(name) or {}
+        if not isinstance(patterns, dict) or not all(map(_is_pattern, patterns)):
+            raise AdapterError(f"{where} has a {name} that is no object of patterns; copy or train it again.")
+        numbers += patterns.values()
     if not all(isinstance(number, int | float) and number > 0 for number in numbers):
-        raise AdapterError(f"{where} has no positive r and lora_alpha; copy or train it again.")
+        raise AdapterError(f"{where} has ranks or scales that are no positive numbers; copy or train it again.")
 
 
 def _layers(content: Mapping[str, Any], arrays: Mapping[str, mx.array], where: str) -> list[_Layer]:
@@ -154,7 +158,10 @@ def _layers(content: Mapping[str, Any], arrays: Mapping[str, mx.array], where: s
         path = match["path"].removesuffix(".base_layer") if match else ""
         if match is None or (path not in KEYS and path != "experts"):
             raise AdapterError(f"{where} adapts {name.removeprefix(PREFIX)}, which cannot be; train without it.")
-        found.setdefault((STACKS[match["stack"]], match["layer"], match["path"]), {})[PARTS[match["part"]]] = array
+        part = PARTS[match["part"]]
+        if array.ndim != (1 if part == "m" else 2):
+            raise AdapterError(f"{where} has {name} of shape {list(array.shape)}; copy or train it again.")
+        found.setdefault((STACKS[match["stack"]], match["layer"], match["path"]), {})[part] = array
     layers: list[_Layer] = []
     for (stack, layer, path), parts in found.items():
         expected = {"a", "b", "m"} if content.get("use_dora") else {"a", "b"}
@@ -165,7 +172,7 @@ def _layers(content: Mapping[str, Any], arrays: Mapping[str, mx.array], where: s
             nested = [(stack, layer, each) for each in ("experts.base_layer", "experts")]
             key = _experts_key(content, parts, [found[each] for each in nested if each in found], where)
             rank = int(_by_pattern(content.get("rank_pattern"), f"{stack}{layer}{key}", content["r"]))
-        if parts["a"].ndim != 2 or len(parts["a"]) % rank or parts["b"].shape[1:] != parts["a"].shape[:1]:
+        if len(parts["a"]) % rank or parts["b"].shape[1] != len(parts["a"]):
             raise AdapterError(
                 f"{where} has matrices of {stack}{layer}{key} that do not fit each other; copy it again."
             )
@@ -217,6 +224,14 @@ def _by_pattern(patterns: Mapping[str, float] | None, path: str, default: float)
         if re.match(rf"(.*\.)?({pattern})$", path):
             return value
     return default
+
+
+def _is_pattern(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def _are_equal(arrays: Mapping[str, mx.array]) -> bool:

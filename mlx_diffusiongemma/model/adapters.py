@@ -224,7 +224,11 @@ def use_adapter(model: DiffusionGemma, adapter: Adapter | None) -> None:
             _use_whole(model, adapter.arrays)
         else:
             put_in(model, adapter.config)
-            use_arrays(model, adapter.arrays)
+            # A layer without arrays stays as it is put in, which changes nothing: PEFT's can leave out single layers.
+            given = {name.rpartition(".")[0] for name in adapter.arrays}
+            fresh = trained_arrays(model).items()
+            untouched = {name: array for name, array in fresh if name.rpartition(".")[0] not in given}
+            use_arrays(model, {**untouched, **adapter.arrays})
     except AdapterError:
         take_out(model)
         raise
@@ -247,13 +251,8 @@ def take_out(model: DiffusionGemma) -> None:
 
 
 def use_arrays(model: DiffusionGemma, arrays: Mapping[str, mx.array]) -> None:
-    """Give a model's adapter its trained arrays. Raises AdapterError where they are not those that it has.
-
-    A layer without any stays as it is put in, which changes nothing: others' adapters can leave out single layers.
-    """
-    given = {name.rpartition(".")[0] for name in arrays}
-    fresh = trained_arrays(model)
-    expected = {name: array for name, array in fresh.items() if name.rpartition(".")[0] in given} or fresh
+    """Give a model's adapter its trained arrays. Raises AdapterError where they are not those that it has."""
+    expected = trained_arrays(model)
     if problem := _difference(expected, arrays):
         raise AdapterError(f"The adapter does not fit this model: {problem}; use it with the model it was trained on.")
     model.load_weights([(name, array.astype(expected[name].dtype)) for name, array in arrays.items()], strict=False)

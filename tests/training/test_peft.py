@@ -187,8 +187,10 @@ def test_whole_weights_have_no_form_in_peft():
         ({"layer_replication": [[0, 1]]}, "layers that are there twice"),
         ({"use_qalora": True}, "another form of LoRA"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base too"),
-        ({"r": 0}, "no positive r"),
-        ({"alpha_pattern": {"q_proj": "much"}}, "no positive r"),
+        ({"r": 0}, "no positive numbers"),
+        ({"alpha_pattern": {"q_proj": "much"}}, "no positive numbers"),
+        ({"rank_pattern": {"(": 2}}, "no object of patterns"),
+        ({"alpha_pattern": [8]}, "no object of patterns"),
         ({"use_dora": True}, "only a part of"),
     ],
 )
@@ -217,6 +219,12 @@ def test_what_cannot_be_adapted_is_refused_in_a_sentence(name, reason, golden):
     content, arrays = saved(golden, "experts")
     with pytest.raises(AdapterError, match=reason):
         from_peft(content, arrays | {name: mx.zeros((3, 24))}, "it")
+
+
+def test_arrays_of_another_shape_are_refused(golden):
+    content, arrays = saved(golden, "lora")
+    with pytest.raises(AdapterError, match=r"of shape \[\]"):
+        from_peft(content, dict.fromkeys(arrays, mx.array(1.0)), "it")
 
 
 def test_names_of_two_towers_and_of_one_are_refused(golden):
