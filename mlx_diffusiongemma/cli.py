@@ -28,6 +28,7 @@ from .commands.keeping.logs import logs
 from .commands.models import models
 from .commands.replay import replay
 from .commands.serving.serve import serve
+from .commands.training.fuse import fuse
 from .commands.training.train import train
 from .errors import DiffusionGemmaError
 
@@ -78,6 +79,9 @@ EXAMPLES = {
         mlx-dg train --data examples --generate 50 --patience 5 --test --train
         mlx-dg train --data examples --iters 1000 --resume
         mlx-dg train --data examples --test""",
+    "fuse": """
+        mlx-dg fuse --adapter adapters ./my-model-4bit
+        mlx-dg fuse --adapter adapters --dequantize ./my-model""",
     "serve": """
         mlx-dg serve
         mlx-dg serve --model my-finetune-8bit --port 8012
@@ -272,6 +276,7 @@ app.command(cls=Verb, epilog=_epilog("edit"), short_help="Rewrite some lines of 
 app.command(cls=Verb, epilog=_epilog("serve"), short_help="Let apps use the model; a page to watch it.")(serve)
 app.command(cls=Verb, epilog=_epilog("demo"), short_help="Run the small checkpoint in this package.")(demo)
 app.command(cls=Verb, epilog=_epilog("train"), short_help="Teach the model a task; resumable.")(train)
+app.command(cls=Verb, epilog=_epilog("fuse"), short_help="Merge an adapter into a checkpoint.")(fuse)
 app.add_typer(models, name="models", epilog=_epilog("models"), short_help="List the models known here; remove one.")
 app.add_typer(logs, name="logs", epilog=_epilog("logs"), short_help="List, print or delete kept conversations.")
 app.command(cls=Verb, epilog=_epilog("check"), short_help="Read a checkpoint and say what is wrong with it.")(check)
