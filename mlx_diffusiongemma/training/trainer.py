@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from ..checkpoints.adapter_files import save_adapter
 from ..errors import TrainingError
-from ..model.adapters import TRAINED, Adapter, put_in, take_out, trained_arrays, use_arrays
+from ..model.adapters import TRAINED, Adapter, put_in, take_out, use_arrays
 from .draws import Batch, Drawn, draw
 from .loss import diffusion_loss
 from .options import ADAMW, TrainingOptions
@@ -149,10 +149,6 @@ class _Run:
         """Make the model trainable, and take up what an earlier run left."""
         prepare(self.model, self.options)
         if initial is not None:
-            if initial.keys() != trained_arrays(self.model).keys():
-                raise TrainingError(
-                    "The weights to begin with are of another kind of adapter; train the same keys, layers and towers."
-                )
             use_arrays(self.model, initial)
         self.optimizer.init(self.model.trainable_parameters())
         if resume:
