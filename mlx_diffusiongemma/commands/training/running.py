@@ -17,12 +17,11 @@ from ...checkpoints.adapter_files import export_peft, load_adapter, read_arrays
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.memory import CACHE_LIMIT
 from ...errors import TrainingError
-from ...model.adapters import use_arrays
 from ...paths import user_path
 from ...processing.processor import Processor
 from ...training.data import Record, mix_records, read_folder
 from ...training.memory import check_memory
-from ...training.trainer import BEST, Report, TrainingResult, evaluate, prepare, train
+from ...training.trainer import BEST, Report, TrainingResult, evaluate, train
 from ..common import announced_model, load_source, notice, say
 from .reporting import Narrator, Places, Reporter, losses, scored
 from .settings import Settings, size_in_bytes
@@ -155,9 +154,7 @@ def _test(settings: Settings, model: DiffusionGemma, processor: Processor, recor
     """Measure the model on the test data: as it was just trained, else with the adapter of an earlier run."""
     options = replace(settings.options, val_batches=settings.test_batches)
     if not settings.trains:
-        adapter = load_adapter(settings.adapter_path)
-        prepare(model, replace(options, adapter=adapter.config))
-        use_arrays(model, adapter.arrays)
+        model.use_adapter(load_adapter(settings.adapter_path))
     measured, score = evaluate(model, processor, records, options)
     typer.echo(f"test {losses(measured)}" + (f"; {scored(score)}" if score else ""))
 
