@@ -264,8 +264,8 @@ def _logits(model: Any, hidden: Any) -> Any:
 def errors(made: Arrays, exact: Arrays) -> dict[str, float]:
     """By how much losses and gradients are off: of the loss, and of the gradient's norm.
 
-    The scalars of a tower's layers count as one tensor: those of the last have next to no gradient of their own, for
-    the norm that follows takes any scale away. So does a softmax over one expert with the router's: a gradient below a
+    The layers' scalars count as one tensor: those of the last have next to no gradient of their own, for the norm that
+    follows takes any scale away. So does a softmax over one expert with the router's: a gradient below a
     thousandth of all gradients together is measured by that thousandth.
     """
     made, exact = _with_stacked_scalars(made), _with_stacked_scalars(exact)
@@ -277,10 +277,8 @@ def errors(made: Arrays, exact: Arrays) -> dict[str, float]:
 
 def _with_stacked_scalars(arrays: Arrays) -> Arrays:
     out = {name: array for name, array in arrays.items() if not name.endswith("layer_scalar")}
-    for tower in ("encoder", "decoder"):
-        own = [name for name in sorted(arrays) if name.endswith("layer_scalar") and tower in name]
-        out[f"{tower} layer scalars"] = np.concatenate([arrays[name] for name in own])
-    return out
+    scalars = [arrays[name] for name in sorted(arrays) if name.endswith("layer_scalar")]
+    return out | {"layer scalars": np.concatenate(scalars)}
 
 
 def main() -> None:
