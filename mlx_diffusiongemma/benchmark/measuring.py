@@ -252,19 +252,24 @@ class Plan:
 def make_plan(source: str | Path, context: int | None = None) -> Plan:
     """Plan a converted checkpoint, a directory or a repository, after `context` tokens: its memory, and its speed.
 
-    From its shapes alone: of a repository only the small files and the headers of the large ones are read.
-    Raises CheckpointError.
+    From its shapes alone, see `read_shapes`. Raises CheckpointError.
     """
-    if is_repository(source):
-        directory = remote.download(str(source), None, weights=False)
-        checkpoint = Checkpoint.in_directory(directory, remote.remote_headers(str(source), directory.name))
-    else:
-        checkpoint = Checkpoint.open(source)
+    checkpoint = read_shapes(source)
     config = checkpoint.config
     most = config.text.max_position_embeddings - config.canvas_length
     context = min(accounting.CONTEXT, most) if context is None else context
     memory = accounting.memory_needed(config, checkpoint.nbytes, context, checkpoint.item)
     return Plan(memory, context, most, predict(config, checkpoint.tensors, context, checkpoint.item))
+
+
+def read_shapes(source: str | Path) -> Checkpoint:
+    """Read a converted checkpoint's configuration and shapes, in a directory or a repository, of which only the small
+    files and the headers of the large ones are downloaded: its arrays cannot be read. Raises CheckpointError.
+    """
+    if not is_repository(source):
+        return Checkpoint.open(source)
+    directory = remote.download(str(source), None, weights=False)
+    return Checkpoint.in_directory(directory, remote.remote_headers(str(source), directory.name))
 
 
 def describe_machine() -> Machine:

@@ -1,8 +1,9 @@
-"""Adapters on disk, as mlx-lm writes them: `adapters.safetensors` and `adapter_config.json` in a folder."""
+"""Adapters on disk: `adapters.safetensors` and `adapter_config.json` in a folder, as mlx-lm writes them, or PEFT's."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,31 +14,44 @@ from ..errors import AdapterError
 from ..files import WholeFile
 from ..model.adapters import Adapter, AdapterConfig, FineTuneType, Towers, keys_of
 from ..paths import user_path
+from . import peft
 from .hub import download_snapshot, is_repository
 
 ARRAYS, CONFIG = "adapters.safetensors", "adapter_config.json"
 
 
 def load_adapter(path_or_repo: str | Path) -> Adapter:
-    """The adapter in a folder or a hub repository, its arrays in memory. Raises AdapterError."""
+    """The adapter in a folder or a hub repository, its arrays in memory: ours or PEFT's. Raises AdapterError."""
     if is_repository(path_or_repo):
-        directory = download_snapshot(str(path_or_repo), None, (ARRAYS, CONFIG))
+        directory = download_snapshot(str(path_or_repo), None, (ARRAYS, peft.ARRAYS, CONFIG))
     else:
         directory = user_path(path_or_repo)
     if not (directory / CONFIG).is_file():
         raise AdapterError(f"{directory} has no {CONFIG}; give the folder that training wrote.")
-    config = config_from_json(read_json(directory / CONFIG), str(directory / CONFIG))
-    return Adapter(config, read_arrays(directory / ARRAYS))
+    content = read_json(directory / CONFIG)
+    if "peft_type" in content:
+        return peft.from_peft(content, read_arrays(directory / peft.ARRAYS), str(directory))
+    return Adapter(config_from_json(content, str(directory / CONFIG)), read_arrays(directory / ARRAYS))
 
 
 def save_adapter(directory: Path, adapter: Adapter) -> None:
     """Write an adapter's two files, each whole or not at all. Raises AdapterError."""
+    _write(directory, config_as_json(adapter.config), ARRAYS, adapter.arrays, "mlx")
+
+
+def export_peft(directory: Path, adapter: Adapter) -> None:
+    """Write an adapter's two files as PEFT does, each whole or not at all. Raises AdapterError."""
+    content, arrays = peft.to_peft(adapter)
+    _write(directory, content, peft.ARRAYS, arrays, "pt")
+
+
+def _write(directory: Path, content: dict[str, Any], name: str, arrays: Mapping[str, mx.array], form: str) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with WholeFile(directory / CONFIG) as file:
-            file.write((json.dumps(config_as_json(adapter.config), indent=2) + "\n").encode())
-        with WholeFile(directory / ARRAYS) as file:
-            mx.save_safetensors(file, dict(adapter.arrays), {"format": "mlx"})
+            file.write((json.dumps(content, indent=2) + "\n").encode())
+        with WholeFile(directory / name) as file:
+            mx.save_safetensors(file, dict(arrays), {"format": form})
     except (OSError, RuntimeError) as error:
         raise AdapterError(f"{directory} cannot be written ({error}); make room, or name another folder.") from None
 

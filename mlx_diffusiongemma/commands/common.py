@@ -86,7 +86,7 @@ def one_of(*numbers: int) -> Callable[[object], int]:
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", metavar="NAME", help="A path, a hub repository or a name that `mlx-dg models` lists [the last used]."
+        "--model", metavar="NAME", help="A path, a hub repository or a name that the verb models lists [the last used]."
     ),
 ]
 AdapterPath = Annotated[

@@ -224,7 +224,11 @@ def use_adapter(model: DiffusionGemma, adapter: Adapter | None) -> None:
             _use_whole(model, adapter.arrays)
         else:
             put_in(model, adapter.config)
-            use_arrays(model, adapter.arrays)
+            # A layer without arrays stays as it is put in, which changes nothing: PEFT's can leave out single layers.
+            given = {name.rpartition(".")[0] for name in adapter.arrays}
+            fresh = trained_arrays(model).items()
+            untouched = {name: array for name, array in fresh if name.rpartition(".")[0] not in given}
+            use_arrays(model, {**untouched, **adapter.arrays})
     except AdapterError:
         take_out(model)
         raise

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..errors import PromptError, TrainingError
 from ..paths import user_path
+from ..processing.images import PreparedImage
 from ..processing.messages import VideoPart, normalize_messages
-from .turns import thought_of, write_reply
+from ..processing.turns import ReplyWriter, thought_of
 
 if TYPE_CHECKING:
     from ..events import Reply
-    from ..processing.images import PreparedImage
     from ..processing.processor import Processor, Prompt
 
 FILES = ("train", "valid", "test")
@@ -63,6 +65,32 @@ class Record:
     expected: Reply
 
 
+class FileImage(PreparedImage):
+    """An image that is prepared from its file whenever its pixels, some 8 MB, are asked for.
+
+    Raises PromptError where it cannot be read, and TrainingError, later, where it has changed since.
+    """
+
+    _path: Path
+    _processor: Processor
+
+    def __init__(self, path: Path, processor: Processor) -> None:
+        prepared = processor.prepare_image(path)
+        kept = {name: getattr(prepared, name) for name in ("positions", "soft_tokens", "digest")}
+        for name, value in {**kept, "_path": path, "_processor": processor}.items():
+            object.__setattr__(self, name, value)  # as a frozen dataclass sets its fields
+
+    @property
+    def pixels(self) -> np.ndarray:
+        prepared = self._processor.prepare_image(self._path)
+        if prepared.digest != self.digest:
+            raise TrainingError(f"{self._path} has changed since training began; put the image back and resume.")
+        return prepared.pixels
+
+    def __repr__(self) -> str:
+        return f"FileImage({self.digest})"
+
+
 def read_folder(
     folder: str | Path, processor: Processor, max_tokens: int, required: Sequence[str] = ("train",)
 ) -> dict[str, list[Record]]:
@@ -94,11 +122,11 @@ def read_records(path: str | Path, processor: Processor, max_tokens: int) -> lis
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise TrainingError(f"{path} cannot be read ({error.strerror}).") from None
-    records = []
+    records, writer = [], ReplyWriter(processor)
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                records.append(_record(_parse(line), number, path.parent, processor, max_tokens))
+                records.append(_record(_parse(line), number, path.parent, processor, writer, max_tokens))
             except PromptError as error:
                 raise TrainingError(f"{path}, line {number}: {error}") from None
     if not records:
@@ -108,8 +136,10 @@ def read_records(path: str | Path, processor: Processor, max_tokens: int) -> lis
 
 def mix_records(records: Sequence[Record], others: Sequence[Record], share: float, seed: int) -> list[Record]:
     """Add as many of `others`, drawn with `seed`, as make up `share` (0 ≤ share < 1) of the result, repeating them
-    evenly where they are too few: examples of what the model shall not forget.
+    evenly where they are too few: examples of what the model shall not forget. Raises TrainingError.
     """
+    if not 0 <= share < 1:
+        raise TrainingError(f"The share of the examples that are mixed in is {share}; give one from 0 to below 1.")
     wanted = round(len(records) * share / (1 - share))
     rounds, rest = divmod(wanted, len(others))
     return [*records, *list(others) * rounds, *random.Random(seed).sample(others, rest)]
@@ -128,7 +158,9 @@ def _parse(line: bytes) -> dict[str, Any]:
     return content
 
 
-def _record(content: Mapping[str, Any], line: int, folder: Path, processor: Processor, max_tokens: int) -> Record:
+def _record(
+    content: Mapping[str, Any], line: int, folder: Path, processor: Processor, writer: ReplyWriter, max_tokens: int
+) -> Record:
     messages, sources = normalize_messages(_messages(content))
     _check_order(messages)
     messages = _with_pictures(messages, sources, folder, processor)
@@ -150,7 +182,7 @@ def _record(content: Mapping[str, Any], line: int, folder: Path, processor: Proc
                 f"The prompt before message {number + 1} has {len(prompt.tokens)} tokens, which leaves no room for a "
                 f"reply in {max_tokens}; raise --max-seq-length or shorten it."
             )
-        tokens, reply = write_reply(processor, message, prompt)
+        tokens, reply = writer.write(message, prompt)
         examples.append(Example(tuple(prompt.tokens), tokens[:room], prompt.images, whole=len(tokens) <= room))
     if not examples:
         raise PromptError("It has no assistant's message; there is nothing to learn from it.")
@@ -192,8 +224,8 @@ def _says_something(content: Any) -> bool:
 def _with_pictures(
     messages: Sequence[dict[str, Any]], sources: Sequence[Any], folder: Path, processor: Processor
 ) -> list[dict[str, Any]]:
-    """Put prepared images and videos into the parts that show them: each is read once for all prompts of a
-    conversation. Raises PromptError.
+    """Put prepared images and videos into the parts that show them, the same ones for all prompts of a conversation.
+    Raises PromptError.
     """
     waiting = iter(sources)
 
@@ -206,7 +238,9 @@ def _with_pictures(
         if isinstance(source, VideoPart):
             place = _place(source.source, folder)
             return {"type": "video", "video": processor.prepare_video(place, frames=source.frames, fps=source.fps)}
-        return {"type": "image", "image": processor.prepare_image(_place(source, folder))}
+        place = _place(source, folder)
+        prepared = FileImage(place, processor) if isinstance(place, Path) else processor.prepare_image(place)
+        return {"type": "image", "image": prepared}
 
     return [
         {**message, "content": [filled(part) for part in message["content"]]}

@@ -51,6 +51,13 @@ class Losses:
 
 
 @dataclass(frozen=True)
+class UpdateReport:
+    """One more update is done. iteration: how many are now."""
+
+    iteration: int
+
+
+@dataclass(frozen=True)
 class TrainReport:
     """Losses over the last updates. iteration: updates done. seconds: they took. peak_memory: bytes."""
 
@@ -80,7 +87,7 @@ class SaveReport:
     directory: Path
 
 
-Report = TrainReport | ValidationReport | SaveReport
+Report = UpdateReport | TrainReport | ValidationReport | SaveReport
 
 
 @dataclass(frozen=True)
@@ -159,7 +166,7 @@ class _Run:
             on_report(self._validate())
         finish = "done"
         while self.progress.done < options.iters:
-            if cancel.is_set():
+            if self._is_cancelled(cancel):
                 finish = "cancelled"
                 break
             try:
@@ -169,6 +176,7 @@ class _Run:
                 raise
             self.progress = replace(self.progress, done=self.progress.done + 1)
             done, is_last = self.progress.done, self.progress.done == options.iters
+            on_report(UpdateReport(done))
             if done % options.steps_per_report == 0 or is_last:
                 now = time.perf_counter()
                 rate = _number(self.optimizer.learning_rate)
@@ -185,6 +193,12 @@ class _Run:
                 on_report(self._save())
         on_report(self._save())
         return TrainingResult(finish, self.progress.done, self.progress.best)
+
+    def _is_cancelled(self, cancel: threading.Event) -> bool:
+        """Whether any machine is to end: all end after the same update."""
+        if self.group.size() == 1:
+            return cancel.is_set()
+        return _number(mx.distributed.all_sum(mx.array(float(cancel.is_set())), group=self.group)) > 0
 
     def _loss(self, batch: Batch) -> tuple[mx.array, mx.array, mx.array]:
         denoising, next_token = diffusion_loss(self.model, batch, checkpoint=self.options.grad_checkpoint)

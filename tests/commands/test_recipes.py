@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import runpy
 import sys
 import xml.dom.minidom
@@ -115,5 +116,6 @@ def test_the_json_recipe_makes_orders_trains_and_scores(demo_float32, monkeypatc
         order = json.loads(line["completion"])
         assert order["n"] == sum(count for _, count in order["is"]) and order["to"].title() in line["prompt"]
     train(tmp_path, "teach_json/orders.yaml", "--model", demo_float32)
-    script("teach_json/score.py", monkeypatch, demo_float32, tmp_path / "data" / "test.jsonl")
-    assert " of 4 are JSON, 0 are as expected; " in capsys.readouterr().out
+    for adapter in ([], [tmp_path / "adapters"]):
+        script("teach_json/score.py", monkeypatch, demo_float32, tmp_path / "data" / "test.jsonl", *adapter)
+        assert re.fullmatch(r"\d of 4 are JSON, 0 are as expected; [\d.]+ steps per canvas\n", capsys.readouterr().out)

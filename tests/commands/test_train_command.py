@@ -11,17 +11,19 @@ from contextlib import chdir
 from pathlib import Path
 from types import SimpleNamespace
 
+import mlx.core as mx
 import pytest
 from typer.testing import CliRunner
 
 from mlx_diffusiongemma import TrainingError
+from mlx_diffusiongemma.checkpoints.adapter_files import load_adapter
 from mlx_diffusiongemma.cli import app
 from mlx_diffusiongemma.commands.training.reporting import Narrator, Places, Reporter, duration
 from mlx_diffusiongemma.commands.training.settings import make_settings, size_in_bytes
 from mlx_diffusiongemma.errors import AdapterError
 from mlx_diffusiongemma.model.adapters import GROUPS
 from mlx_diffusiongemma.training import TrainingOptions
-from mlx_diffusiongemma.training.trainer import Losses, TrainReport, ValidationReport
+from mlx_diffusiongemma.training.trainer import Losses, TrainReport, UpdateReport, ValidationReport
 
 COMMAND = [str(Path(sys.executable).with_name("mlx-dg"))]
 SHORT = ["--iters", "2", "--grad-accumulation-steps", "1", "--steps-per-report", "1", "--val-batches", "2"]
@@ -175,6 +177,7 @@ def test_durations_are_written_in_two_units():
 
 def test_the_time_left_follows_from_the_whole_run_so_far(capsys):
     narrate = Narrator(100)
+    narrate(UpdateReport(1))
     for iteration, seconds in ((10, 100.0), (20, 50.0)):
         narrate(TrainReport(iteration, Losses(1.5, 0.25, 1000), 1e-4, 10, seconds, 19_200_000_000))
     first, second = capsys.readouterr().err.splitlines()
@@ -199,6 +202,28 @@ def test_figures_go_to_a_file_and_to_services_as_mlx_lm_names_them(tmp_path, mon
     assert (lines[1]["trained_tokens"], lines[1]["tokens_per_second"], lines[1]["peak_memory"]) == (110, 120.0, 1.0)
     assert logged[0]["project"] == "mine" and logged[0]["config"] == {"iters": 3}
     assert [step for _, step in logged[1:]] == [1, 2, 2] and [info for info, _ in logged[1:]] == lines
+
+
+def test_a_full_disk_does_not_end_what_is_only_reported(capsys, tmp_path):
+    (tmp_path / "full.jsonl").symlink_to("/dev/full")
+    places = Places.named(f"{tmp_path / 'full.jsonl'},{tmp_path / 'curve.jsonl'}")
+    with Reporter(places, None, tmp_path, {}) as report:
+        for iteration in range(3):
+            report(ValidationReport(iteration, Losses(1.0, 0.5, 50), None, True))
+    [said] = capsys.readouterr().err.splitlines()
+    assert "full.jsonl cannot be written (No space left on device); nothing more is reported to it" in said
+    assert len((tmp_path / "curve.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("columns", [60, 80])
+def test_updates_are_counted_in_a_terminal(monkeypatch, capsys, columns):
+    for name, value in (("COLUMNS", columns), ("FORCE_COLOR", 1), ("TERM", "xterm")):
+        monkeypatch.setenv(name, str(value))
+    with Narrator(2000) as narrate:
+        narrate(UpdateReport(7))
+        narrate(TrainReport(7, Losses(1.5, 0.25, 1000), 1e-4, 7, 10.0, 10**9))
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    assert "7/2000" in shown and "iteration 7/2000: loss 1.750" in shown
 
 
 def test_what_cannot_be_reported_to_is_said_at_once(tmp_path, monkeypatch):
@@ -244,7 +269,7 @@ def test_an_interrupted_run_is_saved_and_can_go_on(demo_float32, data):
     said = process.stderr.read()
     assert process.wait(60) == 130
     assert "Ctrl-C again ends at once" in said
-    [done] = re.findall(r"interrupted after iteration (\d+), which is saved in adapters; the same command with", said)
+    [done] = re.findall(r"Interrupted after iteration (\d+), which is saved in adapters; the same command with", said)
     further = run(*arguments, "--iters", int(done) + 1, "--seed", 3, "--resume", cwd=data)
     assert further.exit_code == 0 and f"iteration {int(done) + 1}/{int(done) + 1}: loss" in further.stderr
 
@@ -283,11 +308,27 @@ def test_what_cannot_be_done_is_said_in_a_sentence(demo_float32, tmp_path, argum
     assert not (tmp_path / "adapters").exists()
 
 
+def test_a_plan_says_what_memory_it_takes(demo_float32, data):
+    planned = run("--model", demo_float32, "--plan", cwd=data)
+    assert planned.exit_code == 0 and "Memory to train on 1 × 2,111 tokens, GB" in planned.stdout
+    assert "plain: fits Macs from" in planned.stdout and "--grad-checkpoint: fits Macs from" in planned.stdout
+    with_data = run("--model", demo_float32, "--data", ".", "--plan", cwd=data)
+    assert re.search(r"Memory to train on 1 × \d\d tokens", with_data.stdout)
+    assert not (data / "adapters").exists()
+
+
+def test_a_run_that_cannot_fit_is_refused_before_the_weights_are_read(demo_float32, data, monkeypatch):
+    monkeypatch.setattr("mlx_diffusiongemma.training.memory.usable_bytes", lambda: 10**6)
+    monkeypatch.setattr("mlx_diffusiongemma.commands.training.running.load_source", None)
+    done = run("--model", demo_float32, "--data", ".", *SHORT, cwd=data)
+    assert done.exit_code == 1 and "Training needs about 0.0 GB" in done.stderr
+
+
 def test_old_examples_are_mixed_in(demo_float32, data, tmp_path):
     (data / "old").mkdir()
     (data / "old" / "train.jsonl").write_text('{"prompt": "reverse ab", "completion": "ba"}\n')
     done = run("--model", demo_float32, "--data", ".", *SHORT, "--mix", "old", "--mix-share", "0.2", cwd=data)
-    assert done.exit_code == 0 and "Examples: 15 in train.jsonl" in done.stderr
+    assert done.exit_code == 0 and "Mixed in: 3 of old" in done.stderr
 
 
 def test_replies_that_are_cut_are_counted(demo_float32, data):
@@ -295,3 +336,24 @@ def test_replies_that_are_cut_are_counted(demo_float32, data):
     (data / "train.jsonl").write_text(f"{line}\n{line}\n")
     done = run("--model", demo_float32, "--data", ".", *SHORT, "--max-seq-length", "40", cwd=data)
     assert "2 of 2 replies are cut at 40 tokens and teach no ending" in done.stderr, done.stderr
+
+
+def test_the_adapter_is_written_for_peft_too(data, demo_float32):
+    made = run("--model", demo_float32, "--data", data, *SHORT, "--export-peft", "for-peft", cwd=data)
+    assert made.exit_code == 0, made.output
+    own, others = load_adapter(data / "adapters"), load_adapter(data / "for-peft")
+    assert json.loads((data / "for-peft" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert own.arrays.keys() == others.arrays.keys()
+    assert all(mx.array_equal(array, others.arrays[name]) for name, array in own.arrays.items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--export-peft", "a", "--fine-tune-type", "full"], "no form for whole weights"),
+        (["--export-peft", "adapters"], "are one folder"),
+    ],
+)
+def test_what_cannot_be_written_for_peft_is_refused_at_once(data, arguments, reason):
+    made = run("--model", data, "--data", data, *arguments, cwd=data)
+    assert made.exit_code == 1 and reason in made.output

@@ -11,6 +11,7 @@ from golden import ours
 from golden.make_training import LOSSES, Draws, TrainingCase
 from mlx.utils import tree_flatten
 
+from mlx_diffusiongemma.model.adapters import TRAINED, AdapterConfig, put_in, trained_arrays
 from mlx_diffusiongemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffusiongemma.training.draws import Batch, Drawn
 from mlx_diffusiongemma.training.loss import diffusion_loss
@@ -63,3 +64,15 @@ def gradients(model: DiffusionGemma, given: Batch, **options: Any) -> dict[str, 
     mx.eval(made)
     model.update(trained)  # the function's own arrays are still in it
     return made
+
+
+def adapted(model: DiffusionGemma, config: AdapterConfig) -> DiffusionGemma:
+    """The model, of which an adapter that does change something is all that is trained."""
+    model.freeze()
+    put_in(model, config)
+    random = np.random.default_rng(3)
+    for name, array in trained_arrays(model).items():
+        noise = mx.array(0.1 * random.standard_normal(array.shape), mx.float32)
+        model.load_weights([(name, array * (1 + noise) if name.endswith(".m") else noise)], strict=False)
+    model.unfreeze(keys=list(TRAINED))
+    return model

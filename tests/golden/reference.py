@@ -54,27 +54,33 @@ def build(case: Case, dtype: torch.dtype) -> modeling.DiffusionGemmaForBlockDiff
     return model
 
 
-@torch.no_grad()
 def run(case: Case, dtype: torch.dtype, conditioning: np.ndarray | None = None) -> Arrays:
     """Every quantity that is compared. conditioning: the second step's processed logits, by default this run's own."""
     torch.set_num_threads(1)  # models this small only wait for other threads
     with _precision(dtype):
-        model = build(case, dtype)
-        tokens = {name: torch.from_numpy(case.tokens(name)) for name in ("prompt", "first", "second", "commit", "next")}
-        cache = DynamicCache(config=model.config.text_config)
-        out = {"encoded": model.model.encoder(tokens["prompt"], past_key_values=cache).last_hidden_state}
-        for kind, layer in first_of_each_kind(model.config.text_config.layer_types).items():
-            out[f"{kind} keys"], out[f"{kind} values"] = cache.layers[layer].keys, cache.layers[layer].values
-        out["logits"] = model(decoder_input_ids=tokens["first"], past_key_values=cache).logits
-        if conditioning is None:
-            conditioning = case.processed(out["logits"].numpy())
-        given = torch.from_numpy(conditioning).to(dtype)
-        out["conditioned logits"] = model(
-            decoder_input_ids=tokens["second"], past_key_values=cache, self_conditioning_logits=given
-        ).logits
-        out["encoded commit"] = model.model.encoder(tokens["commit"], past_key_values=cache).last_hidden_state
-        out["next logits"] = model(decoder_input_ids=tokens["next"], past_key_values=cache).logits
-        return {name: tensor.numpy().copy() for name, tensor in out.items()}
+        return quantities(build(case, dtype), case, conditioning)
+
+
+@torch.no_grad()
+def quantities(
+    model: modeling.DiffusionGemmaForBlockDiffusion, case: Case, conditioning: np.ndarray | None = None
+) -> Arrays:
+    """What `run` returns, for any model of the case's shape."""
+    tokens = {name: torch.from_numpy(case.tokens(name)) for name in ("prompt", "first", "second", "commit", "next")}
+    cache = DynamicCache(config=model.config.text_config)
+    out = {"encoded": model.model.encoder(tokens["prompt"], past_key_values=cache).last_hidden_state}
+    for kind, layer in first_of_each_kind(model.config.text_config.layer_types).items():
+        out[f"{kind} keys"], out[f"{kind} values"] = cache.layers[layer].keys, cache.layers[layer].values
+    out["logits"] = model(decoder_input_ids=tokens["first"], past_key_values=cache).logits
+    if conditioning is None:
+        conditioning = case.processed(out["logits"].numpy())
+    given = torch.from_numpy(conditioning).to(model.dtype)
+    out["conditioned logits"] = model(
+        decoder_input_ids=tokens["second"], past_key_values=cache, self_conditioning_logits=given
+    ).logits
+    out["encoded commit"] = model.model.encoder(tokens["commit"], past_key_values=cache).last_hidden_state
+    out["next logits"] = model(decoder_input_ids=tokens["next"], past_key_values=cache).logits
+    return {name: tensor.numpy().copy() for name, tensor in out.items()}
 
 
 def first_of_each_kind(kinds: list[str]) -> dict[str, int]:

@@ -5,12 +5,13 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conversations import RAIN, WEATHER, assistant, result, system, text, user
 from PIL import Image
 from templates import DEMO, demo_processor, processor_with
 
-from mlx_diffusiongemma import ModelConfig, Processor, ToolCall, TrainingError
+from mlx_diffusiongemma import ModelConfig, Processor, PromptError, ToolCall, TrainingError
 from mlx_diffusiongemma.training.data import mix_records, read_folder, read_records
 
 DATA = Path(__file__).parents[1] / "data"
@@ -167,6 +168,26 @@ def test_pictures_are_found_beside_the_file_and_read_once(processor, write, tmp_
     assert len(second.examples[0].images) == 3
 
 
+def test_pixels_are_read_when_they_are_needed(processor, write, tmp_path):
+    """Data sets have more pictures than fit in memory; one that has changed meanwhile would be another example."""
+    place = tmp_path / "a.png"
+    Image.new("RGB", (96, 48), "red").save(place)
+    path = write({"messages": [user([{"type": "image", "image": "a.png"}]), assistant("red")]})
+    [record] = read_records(path, processor, LIMIT)
+    [image], asked = record.examples[0].images, processor.prepare_image(place)
+    assert np.array_equal(image.pixels, asked.pixels) and np.array_equal(image.positions, asked.positions)
+    assert (image.soft_tokens, image.digest) == (asked.soft_tokens, asked.digest)
+    assert "pixels" not in vars(image) and repr(image) == repr(
+        read_records(path, processor, LIMIT)[0].examples[0].images[0]
+    )
+    Image.new("RGB", (96, 48), "blue").save(place)
+    with pytest.raises(TrainingError, match=r"a\.png has changed since training began"):
+        image.pixels  # noqa: B018
+    place.unlink()
+    with pytest.raises(PromptError, match=r"a\.png"):
+        image.pixels  # noqa: B018
+
+
 GOOD = {"prompt": "a", "completion": "b"}
 WRONG = {
     "torn": ('{"prompt": "a", "comp', "not whole JSON"),
@@ -246,3 +267,5 @@ def test_old_tasks_make_up_their_share(processor, write):
     counts = [half.count(record) for record in old]
     assert sorted(counts) == [4, 5, 5, 5]
     assert half == mix_records(new, old, 0.5, seed=1) != mix_records(new, old, 0.5, seed=2)
+    with pytest.raises(TrainingError, match="from 0 to below 1"):
+        mix_records(new, old, 1.0, seed=1)

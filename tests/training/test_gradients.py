@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from golden import make_training, ours
 from golden.make_training import CASES, Example, TrainingCase
-from golden.ours_training import batch, gradients
+from golden.ours_training import adapted, batch, gradients
 from mlx.utils import tree_flatten
 
 from mlx_diffusiongemma.model import adapters, vocabulary
-from mlx_diffusiongemma.model.adapters import AdapterConfig, dense_weight, keys_of, put_in, trained_arrays
+from mlx_diffusiongemma.model.adapters import AdapterConfig, dense_weight, keys_of, trained_arrays
 from mlx_diffusiongemma.model.diffusion_gemma import DiffusionGemma
 from mlx_diffusiongemma.model.scaled import ScaledQuantizedLinear, add_tensor_scales
 from mlx_diffusiongemma.training import loss as training_loss
@@ -51,18 +51,6 @@ def wide_case() -> TrainingCase:
 def build(case: TrainingCase) -> DiffusionGemma:
     tower = ours.vision(case)
     return ours.build(case, lambda: tower)
-
-
-def adapted(model: DiffusionGemma, config: AdapterConfig) -> DiffusionGemma:
-    """The model, of which an adapter that does change something is all that is trained."""
-    model.freeze()
-    put_in(model, config)
-    random = np.random.default_rng(3)
-    for name, array in trained_arrays(model).items():
-        noise = mx.array(0.1 * random.standard_normal(array.shape), mx.float32)
-        model.load_weights([(name, array * (1 + noise) if name.endswith(".m") else noise)], strict=False)
-    model.unfreeze(keys=list(adapters.TRAINED))
-    return model
 
 
 def assert_close(made: dict[str, mx.array], expected: dict[str, mx.array], tolerance: float = 1e-5) -> None:
@@ -163,8 +151,8 @@ def in_encoder(name: str) -> str:
 
 @pytest.mark.parametrize("keys", [EVERYWHERE, keys_of(("all-linear",))], ids=["lora", "dora"])
 def test_gradients_of_adapters_are_differences_of_the_loss(keys, monkeypatch):
-    """Entries of every array, the largest and another. What is published as a constant to the gradient is held while
-    the entries change: DoRA's lengths, and what the first pass believes. Every expert is chosen: a choice is no smooth
+    """The largest entry and another, of arrays of every kind. What is published as a constant to the gradient is held
+    while they change: DoRA's lengths, and what the first pass believes. Every expert is chosen: a choice is no smooth
     function.
     """
     case = wide_case()
@@ -190,7 +178,10 @@ def test_gradients_of_adapters_are_differences_of_the_loss(keys, monkeypatch):
     step = 0.02
     noise = 4e-7 * loss(next(iter(arrays)), (0, 0), 0) / step  # a few last places of the loss
     seen = 0
-    for name, array in made.items():
+    some = sorted(made)[::5]
+    assert {name.rpartition(".")[2] for name in some} == {name.rpartition(".")[2] for name in made}
+    for name in some:
+        array = made[name]
         flat = np.abs(np.array(array)).ravel()
         for number in (int(flat.argmax()), flat.size // 2):
             place = np.unravel_index(number, array.shape)
@@ -198,7 +189,7 @@ def test_gradients_of_adapters_are_differences_of_the_loss(keys, monkeypatch):
             difference = (8 * near - far) / (12 * step)
             assert difference == pytest.approx(float(np.array(array)[place]), rel=1e-3, abs=noise), (name, place)
             seen += abs(difference) > 10 * noise
-    assert seen > len(made) / 2  # most are well above what float32 hides
+    assert seen > len(some) / 2  # many are well above what float32 hides
 
 
 # Quantized bases
@@ -268,7 +259,7 @@ def test_gradients_beside_weights_with_a_tensor_scale(kind):
 
 # The vocabulary
 
-VOCABULARY, ROWS, HIDDEN, CAP = 262_144, 96, 16, 30.0
+VOCABULARY, ROWS, HIDDEN, CAP = 262_144, 64, 16, 30.0
 
 
 def dense_cross_entropy(embedding: nn.Embedding, hidden: mx.array, targets: mx.array, cap: float) -> mx.array:

@@ -7,19 +7,23 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from ...errors import TrainingError
 from ...paths import user_path
 from ...training.scoring import Score
-from ...training.trainer import Losses, Report, SaveReport, TrainReport, ValidationReport
-from ..common import say
+from ...training.trainer import Losses, Report, SaveReport, TrainReport, UpdateReport, ValidationReport
+from ..common import notice, say
 
 SERVICES = ("wandb", "swanlab")
 
 
 class Narrator:
-    """Says on stderr what a run reports: losses by part, the rate, the speed and the time that is left.
+    """Says on stderr what a run reports: losses by part, the rate, the speed and the time that is left. As a context,
+    it also counts updates on a line of its own, where stderr is a terminal.
 
     iters: updates of the whole run.
     """
@@ -27,9 +31,22 @@ class Narrator:
     def __init__(self, iters: int) -> None:
         self._iters = iters
         self._updates, self._seconds = 0, 0.0
+        console = Console(stderr=True)
+        columns = ("training", MofNCompleteColumn(), TimeRemainingColumn(), BarColumn(20))
+        self._line = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._line.add_task("training", total=iters)
+
+    def __enter__(self) -> Self:
+        self._line.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._line.stop()
 
     def __call__(self, report: Report) -> None:
         match report:
+            case UpdateReport():
+                self._line.update(self._task, completed=report.iteration)
             case TrainReport():
                 say(self._trained(report))
             case ValidationReport():
@@ -147,9 +164,9 @@ class Reporter:
         self._open = ExitStack()
         self._tokens = 0
         try:
-            self._files: Sequence[BinaryIO] = [
-                self._open.enter_context(user_path(name).open("ab", buffering=0)) for name in places.files
-            ]
+            self._files: dict[str, BinaryIO] = {
+                name: self._open.enter_context(user_path(name).open("ab", buffering=0)) for name in places.files
+            }
         except OSError as error:
             self._open.close()
             raise TrainingError(f"{error.filename} cannot be written ({error.strerror}); report elsewhere.") from None
@@ -167,8 +184,12 @@ class Reporter:
         named = figures(report, self._tokens)
         if named is None:
             return
-        for file in self._files:
-            file.write(json.dumps(named).encode() + b"\n")
+        for name, file in list(self._files.items()):
+            try:
+                file.write(json.dumps(named).encode() + b"\n")
+            except OSError as error:  # which is no reason to lose what was learned
+                notice(f"{name} cannot be written ({error.strerror}); nothing more is reported to it.")
+                del self._files[name]
         if self._service and isinstance(report, TrainReport):
             self._service.on_train_loss_report(named)
         elif self._service:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ...checkpoints.adapter_files import load_adapter, read_arrays
+from ...checkpoints.adapter_files import export_peft, load_adapter, read_arrays
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.memory import CACHE_LIMIT
 from ...errors import TrainingError
@@ -21,6 +21,7 @@ from ...model.adapters import use_arrays
 from ...paths import user_path
 from ...processing.processor import Processor
 from ...training.data import Record, mix_records, read_folder
+from ...training.memory import check_memory
 from ...training.trainer import BEST, Report, TrainingResult, evaluate, prepare, train
 from ..common import announced_model, load_source, notice, say
 from .reporting import Narrator, Places, Reporter, losses, scored
@@ -38,31 +39,48 @@ def run(settings: Settings, *, yes: bool) -> None:
     """
     import mlx.core as mx
 
+    if settings.export_peft:
+        if settings.options.adapter.fine_tune_type == "full":
+            raise TrainingError("--export-peft has no form for whole weights; train lora or dora, or leave it out.")
+        if user_path(settings.export_peft).resolve() == user_path(settings.adapter_path).resolve():
+            raise TrainingError(
+                "--export-peft and --adapter-path are one folder; give two, for files of both have one name."
+            )
     places = Places.named(settings.report_to or "")
     kept = CACHE_LIMIT if settings.clear_cache_threshold is None else size_in_bytes(settings.clear_cache_threshold)
     source = announced_model(settings.model, yes=yes)
-    data = _read(settings, source)
+    checkpoint = Checkpoint.open(source)
+    data = read_data(settings, checkpoint)
+    if settings.trains:
+        check_memory(checkpoint, settings.options, longest(data, checkpoint.config.canvas_length))
     model, processor = load_source(source, fuse=False)  # an adapter goes beside each projection
     mx.set_cache_limit(kept)
+    is_first = mx.distributed.init().rank() == 0  # of the machines under mlx.launch: the one that speaks and writes
     if settings.trains:
-        _train(settings, model, processor, data, places)
+        _train(settings, model, processor, data, places if is_first else None)
+    if not is_first:
+        return
     if settings.test:
         _test(settings, model, processor, data["test"])
+    if settings.export_peft:
+        export_peft(user_path(settings.export_peft), load_adapter(settings.adapter_path))
+        say(f"Written for PEFT: {settings.export_peft}")
     if settings.trains:
         typer.echo(settings.adapter_path)
         say(f"Next: mlx-dg generate --model {shlex.quote(source)} --adapter {shlex.quote(settings.adapter_path)} …")
 
 
-def _read(settings: Settings, source: str) -> Data:
+def read_data(settings: Settings, checkpoint: Checkpoint) -> Data:
     """Read all examples, and say how many there are. Raises TrainingError."""
-    checkpoint = Checkpoint.open(source)
     processor = Processor.from_directory(checkpoint.directory, checkpoint.config)
     options, folder = settings.options, settings.data or ""
     required = ["train"] * settings.trains + ["test"] * settings.test
     data = read_folder(folder, processor, options.max_seq_length, required)
     if settings.mix:
         others = read_folder(settings.mix, processor, options.max_seq_length)["train"]
+        known = len(data["train"])
         data["train"] = mix_records(data["train"], others, settings.mix_share, options.seed)
+        say(f"Mixed in: {len(data['train']) - known:,} of {settings.mix}")
     if settings.trains and not data["valid"]:
         for name, value in (("--generate", options.generate), ("--patience", options.patience)):
             if value:
@@ -76,21 +94,30 @@ def _read(settings: Settings, source: str) -> Data:
     return data
 
 
-def _train(settings: Settings, model: DiffusionGemma, processor: Processor, data: Data, places: Places) -> None:
-    """Train, saying how it goes. Raises typer.Exit(130) where it was interrupted."""
+def longest(data: Data, canvas: int) -> int:
+    """The most tokens of an example to learn: its prompt, and its reply in whole canvases."""
+    examples = [example for records in data.values() for record in records for example in record.examples]
+    return max(len(example.prompt) + -(-len(example.reply) // canvas) * canvas for example in examples)
+
+
+def _train(settings: Settings, model: DiffusionGemma, processor: Processor, data: Data, places: Places | None) -> None:
+    """Train, saying how it goes and reporting to `places`, or silently for None. Raises typer.Exit(130) where it was
+    interrupted.
+    """
     directory, options = user_path(settings.adapter_path), settings.options
     initial = None
     if settings.resume_adapter_file:
         initial = read_arrays(user_path(settings.resume_adapter_file))
-    narrate = Narrator(options.iters)
     with (
-        Reporter(places, settings.project_name, directory, asdict(settings)) as write,
+        Reporter(places or Places((), ()), settings.project_name, directory, asdict(settings)) as write,
+        Narrator(options.iters) as narrate,
         _cancelled_by_interruption() as cancel,
     ):
 
         def tell(report: Report) -> None:
-            narrate(report)
-            write(report)
+            if places is not None:
+                narrate(report)
+                write(report)
 
         result = train(
             model,
@@ -104,16 +131,19 @@ def _train(settings: Settings, model: DiffusionGemma, processor: Processor, data
             on_report=tell,
             cancel=cancel,
         )
+    ended = _ended(result, directory)
+    if places is not None:
+        say(ended)
     if result.finish_reason == "cancelled":
-        notice(
-            f"interrupted after iteration {result.iterations}, which is saved in {directory}; the same command with "
-            "--resume goes on from there."
-        )
         raise typer.Exit(130)
-    say(_ended(result, directory))
 
 
 def _ended(result: TrainingResult, directory: Path) -> str:
+    if result.finish_reason == "cancelled":
+        return (
+            f"Interrupted after iteration {result.iterations}, which is saved in {directory}; the same command with "
+            "--resume goes on from there"
+        )
     why = " without further progress" if result.finish_reason == "patience" else ""
     text = f"Ended after {result.iterations} iterations{why}; the adapter is in {directory}"
     if result.best is None:

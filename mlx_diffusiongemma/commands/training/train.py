@@ -111,6 +111,9 @@ def train(
         str | None,
         typer.Option("--resume-adapter-file", metavar="FILE", help="Begin a new run with these weights."),
     ] = None,
+    export_peft: Annotated[
+        str | None, typer.Option("--export-peft", metavar="DIR", help="Also write the adapter as PEFT's.")
+    ] = None,
     mix: Annotated[
         str | None, typer.Option("--mix", metavar="DIR", help="A folder with examples of what it shall not forget.")
     ] = None,
@@ -128,6 +131,7 @@ def train(
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="N", parser=whole(0), help="Of every draw of the run [0].")
     ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print the memory that it needs, and which Macs fit.")] = False,
     yes: Yes = False,
 ) -> None:
     """Teach the model a task: train an adapter on examples of it.
@@ -137,11 +141,15 @@ def train(
     not given is taken from the file of --config, spelled as mlx_lm.lora's, else from the model's own recipe. Ctrl-C
     ends training with everything saved; --resume goes on from there.
     """
+    from .planning import print_plan
     from .running import run
     from .settings import SETTINGS, make_settings
 
     given = {name: value for name, value in context.params.items() if name in SETTINGS and value is not None}
     settings = make_settings(given, config)
+    if plan:
+        print_plan(settings)
+        return
     if settings.data is None:
         raise typer.BadParameter("give the folder with the examples", param_hint="'--data'")
     run(settings, yes=yes)
