@@ -11,9 +11,10 @@ export function add(record) {
   return reply;
 }
 
-// The chat up to what was said before a reply: what the model reads to write it. Replies that were stopped are left out.
+// The chat up to what was said before a reply: what the model reads to write it, without replies that were stopped.
 export function messagesBefore(reply) {
-  const earlier = replies.slice(0, replies.indexOf(reply)).filter(({ record }) => record.mode === "chat" && record.whole);
+  const isTurn = ({ record }) => record.mode === "chat" && record.whole;
+  const earlier = replies.slice(0, replies.indexOf(reply)).filter(isTurn);
   return [...instructions(), ...earlier.flatMap((each) => [said(each), answered(each)]), said(reply)];
 }
 

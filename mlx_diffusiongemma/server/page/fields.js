@@ -58,7 +58,8 @@ function group(schema, root, name) {
     element.append(own.element);
     return [key, own];
   });
-  const get = () => Object.fromEntries(fields.map(([key, own]) => [key, own.get()]).filter(([, value]) => value !== undefined));
+  const values = () => fields.map(([key, own]) => [key, own.get()]);
+  const get = () => Object.fromEntries(values().filter(([, value]) => value !== undefined));
   return { element, get, set: (value) => fields.forEach(([key, own]) => own.set(value?.[key])) };
 }
 
@@ -97,7 +98,8 @@ function check(schema, name) {
 function number(schema, name, isRequired) {
   const input = made("input", { type: "number", required: isRequired, step: schema.multipleOf ?? "any" });
   if (schema.type === "integer" && !schema.multipleOf) input.step = 1;
-  for (const [key, limit] of [["min", schema.minimum], ["max", schema.maximum]]) if (limit !== undefined) input[key] = limit;
+  input.min = schema.minimum ?? "";
+  input.max = schema.maximum ?? "";
   const get = () => (input.value === "" ? undefined : Number(input.value));
   return { element: labelled(input, schema, name), set: (value) => (input.value = value ?? ""), get };
 }

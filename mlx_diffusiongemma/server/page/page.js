@@ -161,7 +161,8 @@ document.addEventListener("keydown", (event) => {
 document.addEventListener("pointerdown", (event) => {
   if (!at("settings").contains(event.target)) at("settings").open = false;
 });
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => replies.forEach((each) => each.drawSteps()));
+const theme = matchMedia("(prefers-color-scheme: dark)");
+theme.addEventListener("change", () => replies.forEach((reply) => reply.drawSteps()));
 restore().forEach(ready);
 showMode();
 nameModel();

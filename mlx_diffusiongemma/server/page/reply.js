@@ -123,7 +123,8 @@ export class Reply {
     const speed = this.timings;
     if (!speed) return;
     const parts = [
-      ...(speed.predicted_n ? [`${speed.predicted_n} tokens`, `${speed.predicted_per_second.toFixed(1)} per second`] : []),
+      `${speed.predicted_n} tokens`,
+      ...(speed.predicted_n ? [`${speed.predicted_per_second.toFixed(1)} per second`] : []),
       `${speed.cache_n} of ${speed.cache_n + speed.prompt_n} prompt tokens read before`,
       `seed ${speed.seed}`,
       ...(this.ended === "length" ? ["cut off: no room for more tokens"] : []),

@@ -26,7 +26,8 @@ export function allowRewriting(reply) {
 
 document.addEventListener("selectionchange", () => {
   const selection = getSelection();
-  const reply = replies.find(({ canvas }) => canvas.contains(selection.anchorNode) && canvas.contains(selection.focusNode));
+  const ends = [selection.anchorNode, selection.focusNode];
+  const reply = replies.find(({ canvas }) => ends.every((node) => canvas.contains(node)));
   if (!reply || isBusy() || !reply.isFinished || reply.changes || reply.fields) return;
   deselect();
   if (selection.isCollapsed) return;

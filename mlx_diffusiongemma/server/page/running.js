@@ -34,8 +34,8 @@ export async function run(reply, path, body, after) {
   return false;
 }
 
-// What a request has in common with all others; what is left empty is the server's own. Its seeds would be too large for
-// JavaScript to say which one it was.
+// What a request has in common with all others; what is left empty is the server's own, but for the seed: the server's
+// would be too large for JavaScript to show.
 export function settings() {
   return { max_steps: number("max_steps"), seed: number("seed") ?? crypto.getRandomValues(new Uint32Array(1))[0] };
 }
