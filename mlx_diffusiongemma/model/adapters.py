@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Mapping
 from copy import copy
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import mlx.core as mx
@@ -239,8 +238,9 @@ def take_out(model: DiffusionGemma) -> None:
     """Make the model what it was before `put_in` or `use_adapter`."""
     from .diffusion_gemma import DecoderLayer, EncoderLayer
 
-    model.load_weights(list(model.replaced_weights.items()), strict=False)
-    model.replaced_weights = MappingProxyType({})
+    if model.own_weights is not None:
+        model.load_weights(list(model.own_weights.arrays.items()), strict=False)
+        model.own_weights = None
     decoder, encoder = model.model.decoder, model.model.encoder.language_model
     for owner, name, layer in [*adapted(decoder), *adapted(encoder)]:
         owner[name] = layer.linear
@@ -266,7 +266,7 @@ def _use_whole(model: DiffusionGemma, arrays: Mapping[str, mx.array]) -> None:
             f"These trained weights do not fit this model: {problem}; use them with the model that was trained, "
             "unquantized."
         )
-    model.replaced_weights = MappingProxyType({name: own[name] for name in arrays})
+    model.own_weights = Adapter(AdapterConfig("full"), {name: own[name] for name in arrays})
     model.load_weights([(name, array.astype(own[name].dtype)) for name, array in arrays.items()], strict=False)
 
 

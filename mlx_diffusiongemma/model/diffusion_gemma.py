@@ -5,10 +5,9 @@ the canvas. `encode` is the only writer of the cache; `denoise` only reads it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 import mlx.core as mx
@@ -126,8 +125,7 @@ class DiffusionGemma(nn.Module):
         self.options = (options or GenerationOptions()).filled_from(reference)
         self.model = Backbone(config)
         self._vision = _once(load_vision) if load_vision else None
-        # The own weights that trained ones stand for, by name; a dict would be taken for a part of the parameters.
-        self.replaced_weights: Mapping[str, mx.array] = MappingProxyType({})
+        self.own_weights: Adapter | None = None  # those that an adapter of whole weights replaced
 
     def make_cache(self, snapshot_bytes: int = SNAPSHOT_BYTES) -> Cache:
         """An empty prefix. snapshot_bytes: see `Cache`."""

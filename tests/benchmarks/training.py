@@ -4,8 +4,8 @@
     python tests/benchmarks/training.py cost [--pairs 5]       seconds and peak memory of an example, three ways
 
 `lift` trains a LoRA of rank 8 on the packaged checkpoint with 5 % of its own tasks mixed in, and measures both before
-and after. `cost` compares a gradient of our loss with one of `mlx_lm.lora`'s on gemma4_text of the same shapes, and with
-plain autograd of our own loss, which holds the logits. On Linux, MLX's wheel has the reference BLAS; with OpenBLAS
+and after. `cost` compares a gradient of our loss with one of `mlx_lm.lora`'s on gemma4_text of the same shapes, and
+with plain autograd of our own loss, which holds the logits. On Linux, MLX's wheel has the reference BLAS; with OpenBLAS
 (`LD_PRELOAD=libopenblas.so.0`) all of it is about four times as fast.
 """
 
@@ -36,8 +36,7 @@ from random_models import config_json, in_mlx_lm, random_model, true_pattern  # 
 from mlx_diffusiongemma import load  # noqa: E402
 from mlx_diffusiongemma.convert import convert_checkpoint  # noqa: E402
 from mlx_diffusiongemma.model.adapters import AdapterConfig, keys_of  # noqa: E402
-from mlx_diffusiongemma.training import TrainingOptions, diffusion_loss  # noqa: E402
-from mlx_diffusiongemma.training import forward, loss  # noqa: E402
+from mlx_diffusiongemma.training import TrainingOptions, diffusion_loss, forward, loss  # noqa: E402  # noqa: E402
 from mlx_diffusiongemma.training.data import Example, read_records  # noqa: E402
 from mlx_diffusiongemma.training.draws import Batch, draw  # noqa: E402
 from mlx_diffusiongemma.training.scoring import score  # noqa: E402
@@ -94,8 +93,8 @@ def lift(scratch: Path, iters: int) -> None:
         (data / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     measure("before", base, data, scratch, None)
     command = f"mlx-dg train --model {base} --data {data} --mix {old} --mix-share 0.05 --iters {iters} --batch-size 8"
-    command += f" --grad-accumulation-steps 2 --learning-rate 2e-3 --lora-keys all-linear --adapter-path {scratch / 'adapters'}"
-    command += " --steps-per-eval 100 --generate 30"
+    command += " --grad-accumulation-steps 2 --learning-rate 2e-3 --lora-keys all-linear --steps-per-eval 100"
+    command += f" --generate 30 --adapter-path {scratch / 'adapters'}"
     print(command)
     began = time.monotonic()
     subprocess.run([Path(sys.executable).parent / "mlx-dg", *command.split()[1:]], check=True)

@@ -6,15 +6,19 @@ import json
 import random
 import re
 import runpy
+import shutil
 import sys
 import xml.dom.minidom
 from contextlib import chdir
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from typer.testing import CliRunner
 
+import mlx_diffusiongemma
 from mlx_diffusiongemma.cli import app
+from mlx_diffusiongemma.convert import convert_checkpoint
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FEW = ["--train", "12", "--valid", "4", "--test", "4"]
@@ -119,3 +123,28 @@ def test_the_json_recipe_makes_orders_trains_and_scores(demo_float32, monkeypatc
     for adapter in ([], [tmp_path / "adapters"]):
         script("teach_json/score.py", monkeypatch, demo_float32, tmp_path / "data" / "test.jsonl", *adapter)
         assert re.fullmatch(r"\d of 4 are JSON, 0 are as expected; [\d.]+ steps per canvas\n", capsys.readouterr().out)
+
+
+def test_the_demo_checkpoint_learns_its_tasks_further(monkeypatch, tmp_path):
+    without = tmp_path / "kept.jsonl"
+    kept = {"messages": [{"role": "user", "content": "sort 123"}], "tools": None}
+    without.write_text(json.dumps(kept) + "\n")
+    script(
+        "demo_checkpoint/tasks.py", monkeypatch, tmp_path / "data", "--train", 60, "--valid", 4, "--without", without
+    )
+    lines = lines_of(tmp_path / "data")
+    assert {name: len(made) for name, made in lines.items()} == {"train": 60, "valid": 4}
+    every = json.dumps(lines)
+    assert all(kind in every for kind in ("sort", "reverse", "solve", "count", "get_weather", "colors?", "reasoning"))
+    demo = Path(mlx_diffusiongemma.__file__).parent / "demo"
+    convert_checkpoint(demo, tmp_path / "start", bits=None, dtype="float32")
+    train(tmp_path, "demo_checkpoint/demo.yaml", "--batch-size", 2)
+    checkpoint = tmp_path / "published"
+    shutil.copytree(demo, checkpoint)
+    script("demo_checkpoint/write.py", monkeypatch, tmp_path / "run", checkpoint)
+    before, after = (mx.load(str(folder / "model.safetensors")) for folder in (demo, checkpoint))
+    assert {name: (array.shape, array.dtype) for name, array in before.items()} == {
+        name: (array.shape, array.dtype) for name, array in after.items()
+    }
+    changed = {name for name, array in before.items() if not mx.array_equal(array, after[name])}
+    assert any("experts.gate_up_proj" in name for name in changed) and any("encoder" in name for name in changed)
