@@ -147,4 +147,4 @@ def test_the_demo_checkpoint_learns_its_tasks_further(monkeypatch, tmp_path):
         name: (array.shape, array.dtype) for name, array in after.items()
     }
     changed = {name for name, array in before.items() if not mx.array_equal(array, after[name])}
-    assert any("experts.gate_up_proj" in name for name in changed) and any("encoder" in name for name in changed)
+    assert any("experts.gate_up_proj" in name for name in changed) and len(changed) > 20
