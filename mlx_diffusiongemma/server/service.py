@@ -15,6 +15,7 @@ from .limits import check_depth, check_images
 from .refusals import Refusal
 from .remote import with_images_fetched
 from .work.engine import Engine
+from .work.strict_calls import StrictCalls, stream_strictly, strict_tools
 from .work.waiting import Item, Job, Turn
 
 if TYPE_CHECKING:
@@ -124,8 +125,11 @@ class Service:
         options = self.checked(prompt, options, form)
         if canvas is not None:
             canvas = Canvas(canvas.tokens[: options.max_tokens])
+        is_strict = bool(strict_tools(prompt)) and not form
 
         def work(turn: Turn) -> Generator[Item, None, None]:
+            if is_strict:
+                return stream_strictly(turn, prompt, options, canvas)
             return stream(
                 turn.model,
                 turn.processor,
@@ -148,6 +152,8 @@ class Service:
                 tool_choice=form.tool_choice,
                 options=options,
             )
+            if is_strict:
+                StrictCalls(model, processor, prompt, options)
 
         model, processor, _ = self.engine.loaded
         await self.engine.prepare(lambda: check(model, processor))
