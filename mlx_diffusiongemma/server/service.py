@@ -72,9 +72,12 @@ class Service:
         """The options of a request whose `fields` are named as in `GenerationOptions`; None is the server's own.
 
         Clients send a temperature and the like to every model, and the diffusion decoder has a schedule of its own: it
-        leaves out what only causal decoders know. In a form every token is chosen causally. Raises PromptError.
+        leaves out what only causal decoders know. In a form every token is chosen causally. A negative `max_tokens` is
+        llama.cpp's clients' way not to limit a reply. Raises PromptError.
         """
         given = {name: value for name, value in fields.items() if value is not None}
+        if given.get("max_tokens", 0) < 0:
+            del given["max_tokens"]
         options = self.options.with_decoder(given.pop("decoder", self.options.decoder))
         unused = OF_CAUSAL_DECODERS if options.decoder == "diffusion" and not form else ()
         if form:
