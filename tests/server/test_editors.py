@@ -3,7 +3,7 @@
 import pytest
 from servers import data_of, user
 
-from mlx_diffusiongemma import GenerationOptions, Hole, edit, infill
+from mlx_diffusiongemma import GenerationOptions, edit
 from mlx_diffusiongemma.server.interfaces.edits import read_region
 from mlx_diffusiongemma.server.middles import find_middle
 

@@ -96,6 +96,12 @@ def test_what_a_strict_tool_asks_beyond_the_grammar_is_named(server):
     assert reply.status_code == 400 and "pattern" in reply.json()["error"]["message"]
 
 
+def test_what_says_nothing_of_a_value_is_no_matter(server):
+    notes = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "City", "$comment": "of the world"}
+    reply = ask(server, {**NOT_LIMA, **notes, "additionalProperties": False})
+    assert calls_of("/v1/chat/completions", reply)[0]["city"] in ("oslo", "rome")
+
+
 def prompt_of(server, parameters, *more):
     return server.engine.loaded.processor.prompt(user(QUESTION), tools=[tool(parameters), *more])
 
