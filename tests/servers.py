@@ -51,11 +51,12 @@ def running(
     queue: int = 32,
     ready: bool = True,
     kept_bytes: int | None = None,
+    kept_files: Any = None,
     **service: Any,
 ) -> Iterator[Running]:
     """Serve what `loader` loads. ready: wait until it is loaded."""
     rules = rules or Rules()
-    engine = Engine(loader, queue=queue, kept_bytes=kept_bytes)
+    engine = Engine(loader, queue=queue, kept_bytes=kept_bytes, kept_files=kept_files)
     made = Service(engine, "demo", **{"options": GenerationOptions(), **service})
     listening = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(make_app(made, rules), log_config=None, timeout_graceful_shutdown=2))

@@ -65,6 +65,14 @@ def serve(
         float | None,
         typer.Option("--keep", metavar="GB", parser=number(0), help="Memory for prompts read before [a quarter]."),
     ] = None,
+    keep_prefixes: Annotated[
+        str | None,
+        typer.Option("--keep-prefixes", metavar="DIR", help="A folder for prompts read before, for the next run."),
+    ] = None,
+    keep_on_disk: Annotated[
+        float,
+        typer.Option("--keep-on-disk", metavar="GB", parser=number(0), help="What files in that folder may take."),
+    ] = 8,
     decoder: Decoding = "diffusion",
     mode: Mode = "reference",
     max_tokens: MaxTokens = 1024,
@@ -85,6 +93,7 @@ def serve(
         from ...server.running import serve as run
         from ...server.service import Service
         from ...server.work.engine import LOG, Engine
+        from ...server.work.kept_files import KeptFiles
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "starlette", "uvicorn"):
             raise
@@ -100,10 +109,11 @@ def serve(
                 f"{origin!r} is no site; name one such as https://example.org", param_hint="'--allow-origin'"
             )
     options = replace(chosen_mode(mode).with_decoder(chosen_decoder(decoder)), max_tokens=max_tokens)
+    kept_files = None if keep_prefixes is None else KeptFiles(keep_prefixes, int(keep_on_disk * 1e9))
     source = announced_model(model, yes=yes)
     _log_to_stderr(LOG)
     kept_bytes = None if keep is None else int(keep * 1e9)
-    engine = Engine(lambda: load_source(source, adapter), queue=queue, kept_bytes=kept_bytes)
+    engine = Engine(lambda: load_source(source, adapter), queue=queue, kept_bytes=kept_bytes, kept_files=kept_files)
     service = Service(engine, PurePath(source).name, options, context, strict_model, remote_images)
 
     def say_where(chosen: int) -> None:

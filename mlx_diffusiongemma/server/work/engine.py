@@ -23,6 +23,7 @@ from .waiting import FairQueue, Item, Job, Over, Turn
 if TYPE_CHECKING:
     from ...model.diffusion_gemma import DiffusionGemma
     from ...processing.processor import Processor
+    from .kept_files import KeptFiles
 
 LOG = logging.getLogger("mlx_diffusiongemma.server")
 LONGEST_WAIT = 60  # seconds that a caller is asked to wait at most
@@ -43,7 +44,7 @@ class Engine:
     """Runs jobs on one model, one at a time, on a thread of its own.
 
     load: gives the model and its processor, on that thread. queue: most jobs that wait. kept_bytes: what kept prefixes
-    may take; None is a quarter of the memory beside the weights.
+    may take; None is a quarter of the memory beside the weights. kept_files: where they are from one run to the next.
     """
 
     def __init__(
@@ -52,11 +53,13 @@ class Engine:
         *,
         queue: int = 32,
         kept_bytes: int | None = None,
+        kept_files: KeptFiles | None = None,
     ) -> None:
         self.metrics = Metrics()
         self.state: Literal["loading", "ready", "closing"] = "loading"
         self.error: BaseException | None = None  # why the model could not be loaded
         self._load, self._most_waiting, self._kept_bytes = load, queue, kept_bytes
+        self._kept_files = kept_files
         self._loaded: Loaded | None = None
         self._queue = FairQueue()
         self._running: list[Job] = []  # the last one is at work, between two canvases of the others
@@ -151,18 +154,23 @@ class Engine:
         try:
             model, processor = self._load()
             kept = (usable_bytes() - mx.get_active_memory()) // SHARE if self._kept_bytes is None else self._kept_bytes
+            prefixes = PrefixPool(model, kept)
+            if self._kept_files:
+                self._kept_files.read(model, prefixes)
         except BaseException as error:
             self.error = error
             self.state = "closing"
             return
         with self._changed:
-            self._loaded = Loaded(model, processor, PrefixPool(model, kept))
+            self._loaded = Loaded(model, processor, prefixes)
             if self.state == "loading":
                 self.state = "ready"
         while (job := self._next()) is not None:
             self._run(job, self._loaded)
             del job
-        self._loaded.prefixes.clear()
+        if self._kept_files:
+            self._kept_files.write(model, prefixes)
+        prefixes.clear()
 
     def _next(self) -> Job | None:
         with self._changed:

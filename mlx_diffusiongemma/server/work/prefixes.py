@@ -70,9 +70,24 @@ class PrefixPool:
     def keep(self, cache: Cache, prompt: Prompt) -> None:
         """Keep what a request has read, and drop the least recently used beyond the budget."""
         if cache.offset:
-            self._kept.append(_Kept(cache, len(prompt.tokens)))
+            self._add(_Kept(cache, len(prompt.tokens)))
+
+    def _add(self, kept: _Kept) -> None:
+        self._kept.append(kept)
         while self._kept and (self.nbytes > self.most_bytes or len(self._kept) > MOST):
             self._kept.pop(0)
+
+    def restore(self, cache: Cache) -> None:
+        """Keep a prefix of an earlier run."""
+        cache.snapshot_bytes = PLACES * SNAPSHOT_BYTES
+        self._add(_Kept(cache, cache.offset))
+
+    def of_prompts(self) -> list[Cache]:
+        """Copies of the prefixes as they were where their prompts ended, the least recently used first."""
+        copies = [kept.cache.fork() for kept in self._kept]
+        for copy, kept in zip(copies, self._kept, strict=True):
+            copy.rewind(kept.prompt_tokens)
+        return copies
 
     def clear(self) -> None:
         self._kept.clear()
