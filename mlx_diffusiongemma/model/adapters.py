@@ -225,9 +225,9 @@ def use_adapter(model: DiffusionGemma, adapter: Adapter | None) -> None:
             put_in(model, adapter.config)
             # A layer without arrays stays as it is put in, which changes nothing: PEFT's can leave out single layers.
             given = {name.rpartition(".")[0] for name in adapter.arrays}
-            fresh = trained_arrays(model).items()
-            untouched = {name: array for name, array in fresh if name.rpartition(".")[0] not in given}
-            use_arrays(model, {**untouched, **adapter.arrays})
+            fresh = trained_arrays(model)
+            untouched = {name: array for name, array in fresh.items() if name.rpartition(".")[0] not in given}
+            use_arrays(model, fresh, {**untouched, **adapter.arrays})
     except AdapterError:
         take_out(model)
         raise
@@ -250,9 +250,8 @@ def take_out(model: DiffusionGemma) -> None:
             encoder.layers[number].layer_scalar = own.layer_scalar
 
 
-def use_arrays(model: DiffusionGemma, arrays: Mapping[str, mx.array]) -> None:
-    """Give a model's adapter its trained arrays. Raises AdapterError where they are not those that it has."""
-    expected = trained_arrays(model)
+def use_arrays(model: DiffusionGemma, expected: Mapping[str, mx.array], arrays: Mapping[str, mx.array]) -> None:
+    """Give a model other arrays for `expected`, its trained ones. Raises AdapterError where they are not the same."""
     if problem := _difference(expected, arrays):
         raise AdapterError(f"The adapter does not fit this model: {problem}; use it with the model it was trained on.")
     model.load_weights([(name, array.astype(expected[name].dtype)) for name, array in arrays.items()], strict=False)

@@ -149,7 +149,7 @@ class _Run:
         """Make the model trainable, and take up what an earlier run left."""
         prepare(self.model, self.options)
         if initial is not None:
-            use_arrays(self.model, initial)
+            use_arrays(self.model, self._parameters(), initial)
         self.optimizer.init(self.model.trainable_parameters())
         if resume:
             state = read_state(self.directory, self._settings())

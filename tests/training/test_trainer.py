@@ -197,8 +197,11 @@ def test_whole_models_are_trained_unless_they_are_quantized(demo_float32, demo_4
     options = replace(OPTIONS, iters=1, adapter=AdapterConfig("full"))
     learn(demo_float32, data, tmp_path / "full", options)
     saved = mx.load(str(tmp_path / "full" / "adapters.safetensors"))
-    model, _ = load(demo_float32)
+    model, processor = load(demo_float32)
     parameters = dict(tree_flatten(model.parameters()))
+    records = read_records(data, processor, 256)
+    further = train(model, processor, records, options, adapter_path=tmp_path / "further", initial=saved)
+    assert further.iterations == 1
     assert saved.keys() == parameters.keys()
     assert not mx.array_equal(saved["model.decoder.norm.weight"], parameters["model.decoder.norm.weight"])
     with pytest.raises(TrainingError, match="A quantized model cannot be trained in full"):
