@@ -34,7 +34,7 @@ class Writer:
         self.parts: list[Part] = []
         self.parser = processor.reply_parser(request.prompt)
         self.stops = StopStrings(request.options.stop)
-        self._commits = 0
+        self.commits = 0  # so far
         self._calls = 0  # tool calls so far
         self._stats = Stats(prompt_tokens=len(request.prompt.tokens))
         self._held = ExitStack()
@@ -102,8 +102,8 @@ class Writer:
             self.finish_reason = "tool"
         calls = calls_in(parts, self.request.prompt.first_call + self._calls)
         self._calls += len(calls)
-        commit = Commit(self._commits, tokens, parts, steps, calls)
-        self._commits += 1
+        commit = Commit(self.commits, tokens, parts, steps, calls)
+        self.commits += 1
         return commit
 
     def done(self) -> Done:
