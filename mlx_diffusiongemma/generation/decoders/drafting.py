@@ -129,11 +129,14 @@ class Round(ABC, Generic[R]):
         return caches[0] if len(caches) == 1 else CacheRows(caches)
 
     def _reading(self, canvas: mx.array, soft_embedding: mx.array) -> tuple[mx.array, Reading]:
-        """The hidden states of the diffusion decoder's next step, on a schedule of `steps`, and what they say."""
+        """The hidden states of the diffusion decoder's next step, on a schedule of `steps`, and what they say; the last
+        step's leave the soft embedding out.
+        """
         options, number = self.options, self._taken + 1
         hidden = self.model.denoise(canvas, self._cache, soft_embedding if self._taken else None)
         temperature = sampling.temperature(number, self.steps, options.t_min, options.t_max)
-        return hidden, self.model.read_vocabulary(hidden, temperature, self._keys(number, sampling.SAMPLE))
+        keys = self._keys(number, sampling.SAMPLE)
+        return hidden, self.model.read_vocabulary(hidden, temperature, keys, condition=number < self.steps)
 
     def _keys(self, step: int, purpose: int) -> mx.array:
         draws = [Draws(row.writer.options.seed, 0, row.round) for row in self.rows]

@@ -187,19 +187,18 @@ class _Round(Round[_Row]):
         """Take a step, and pin what the grammar fixes."""
         number = self._taken + 1
         hidden, reading = self._reading(self._canvas, self._soft)
-        assert reading.sample is not None and reading.soft_embedding is not None
         accepted = sampling.accept(reading.entropy, self.options.entropy_bound)
         self._cache.settle()
-        mx.eval(hidden, reading.tokens, accepted, reading.entropy, reading.sample, reading.soft_embedding)
+        mx.eval(hidden, reading.tokens, accepted, reading.entropy, reading.soft_embedding)
         best: list[list[int]] = np.array(reading.tokens).tolist()
         self._paths = [
             row.walk(own, self._corrector(hidden[n])) for n, (row, own) in enumerate(zip(self.rows, best, strict=True))
         ]
-        self._canvas = self._pinned(mx.where(accepted, reading.sample, self._noise(number)))
-        self._soft = mx.where(
-            mx.array(self._pins() >= 0)[..., None], self.model.embed(self._canvas), reading.soft_embedding
-        )
-        mx.eval(self._canvas, self._soft)
+        if reading.sample is not None and reading.soft_embedding is not None:
+            self._canvas = self._pinned(mx.where(accepted, reading.sample, self._noise(number)))
+            is_pinned = mx.array(self._pins() >= 0)[..., None]
+            self._soft = mx.where(is_pinned, self.model.embed(self._canvas), reading.soft_embedding)
+            mx.eval(self._canvas, self._soft)
         columns = zip(self.rows, self._paths, best, np.array(accepted), np.array(reading.entropy), strict=True)
         return [
             Shown(

@@ -108,15 +108,16 @@ class _Draft(Round[Row]):
 
     def _denoised(self) -> list[Shown]:
         """Take a step; the last one draws at every place."""
-        number, known = self._taken + 1, self._state.known
-        hidden, reading = self._reading(self._state.canvas, self._state.soft_embedding)
-        assert reading.sample is not None and reading.soft_embedding is not None and reading.log_total is not None
+        number, (known, canvas, _, soft, _, _) = self._taken + 1, self._state
+        hidden, reading = self._reading(canvas, soft)
+        assert reading.sample is not None and reading.log_total is not None
         pinned = mx.broadcast_to(mx.arange(self.length) == 0, reading.tokens.shape)
         accepted = sampling.accept(reading.entropy, self.options.entropy_bound, pinned)
         best = mx.where(pinned, known, reading.tokens)
         drawn = mx.where(pinned, known, reading.sample)
-        canvas = mx.where(accepted | pinned, drawn, self._noise(number))
-        soft = mx.where(pinned[..., None], self.model.embed(known), reading.soft_embedding)
+        if reading.soft_embedding is not None:
+            canvas = mx.where(accepted | pinned, drawn, self._noise(number))
+            soft = mx.where(pinned[..., None], self.model.embed(known), reading.soft_embedding)
         drafted = best if self.options.temperature == 0 else drawn
         self._state = _State(known, canvas, drafted, soft, hidden, reading.log_total)
         self._cache.settle()
