@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import mlx.core as mx
+
 from ..checkpoints.memory import PeakMemory
 from ..events import Commit, Done, FinishReason, Part, Prefill, Stats
 from ..processing.replies import calls_in, merge, reply_from_parts
-from .prefix import encode_prompt
+from .prefix import encode_prompt, split_off_end
 from .stops import StopStrings
 
 if TYPE_CHECKING:
@@ -65,6 +67,17 @@ class Writer:
             if self.finish_reason:
                 break
         self._prefilled = time.perf_counter()
+
+    def read_whole_prompt(self) -> Generator[Prefill, None, mx.array | None]:
+        """Encode the prompt, its end always anew: the hidden state [1, 1, H] of its last token, or None where the reply
+        is over before.
+        """
+        prompt = self.request.prompt
+        end, images = split_off_end(self.model, prompt)
+        yield from self.read_prompt(end)
+        if self.finish_reason:
+            return None
+        return self.model.encode(mx.array([prompt.tokens[end:]]), self.cache, images)[:, -1:]
 
     def notice_cancel(self) -> None:
         """End the reply if it is not wanted any more."""

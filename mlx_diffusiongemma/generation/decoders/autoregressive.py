@@ -9,7 +9,6 @@ import mlx.core as mx
 
 from ...events import Event
 from ...model.cache import CacheRows
-from ..prefix import split_off_end
 from .tokens import REMEMBERED, choose_tokens, penalized, token_keys
 
 if TYPE_CHECKING:
@@ -33,14 +32,10 @@ class Autoregressive:
         self._tokens = mx.zeros((0,), mx.int32)  # that the rows go on with, [B]; under way
 
     def add(self, writer: Writer) -> Iterator[Event]:
-        tokens = writer.request.prompt.tokens
-        place, images = split_off_end(self.model, writer.request.prompt)
-        yield from writer.read_prompt(place)
-        if writer.finish_reason:
-            return
-        row = _Row(writer, mx.array(tokens[-REMEMBERED:]))
-        hidden = self.model.encode(mx.array([tokens[place:]]), writer.cache, images)
-        self._take_part([row], self._chosen([row], hidden[:, -1:]))
+        hidden = yield from writer.read_whole_prompt()
+        if hidden is not None:
+            row = _Row(writer, mx.array(writer.request.prompt.tokens[-REMEMBERED:]))
+            self._take_part([row], self._chosen([row], hidden))
 
     def drop(self, leaving: Sequence[Writer]) -> None:
         staying = [number for number, row in enumerate(self._rows) if row.writer not in leaving]

@@ -17,7 +17,6 @@ import numpy as np
 
 from ...events import Event
 from .. import sampling
-from ..prefix import split_off_end
 from ..writer import cut_at_end
 from .drafting import POSITIONS, Drafting, Round, Row, Shown
 from .grammar import Guide, allows, masked
@@ -41,16 +40,13 @@ class Guided(Drafting["_Row"]):
         super().__init__(model, options, plan or undrafted)
 
     def add(self, writer: Writer) -> Iterator[Event]:
-        tokens = writer.request.prompt.tokens
-        end, images = split_off_end(self.model, writer.request.prompt)
-        yield from writer.read_prompt(end)
-        if writer.finish_reason:
+        hidden = yield from writer.read_whole_prompt()
+        if hidden is None:
             return
-        hidden = self.model.encode(mx.array([tokens[end:]]), writer.cache, images)
         row = _Row(writer, self.plan.start())
         if not row.guide.fork().forced():
             place = _Place(row, [], _Choice(-1, None, None))
-            row.first = _choose(self.model, self.options, hidden[:, -1], [place])
+            row.first = _choose(self.model, self.options, hidden[:, 0], [place])
         self.start([row])
 
     def _round(self, rows: list[_Row], length: int, steps: int) -> _Round:

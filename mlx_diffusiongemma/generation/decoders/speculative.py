@@ -16,7 +16,6 @@ import numpy as np
 
 from ...events import Event
 from .. import sampling
-from ..prefix import split_off_end
 from . import drafting
 from .drafting import POSITIONS, Drafting, Round, Shown
 from .plans import Plan
@@ -34,15 +33,12 @@ class Speculative(Drafting["Row"]):
     """Replies written a draft at a time."""
 
     def add(self, writer: Writer) -> Iterator[Event]:
-        tokens = writer.request.prompt.tokens
-        place, images = split_off_end(self.model, writer.request.prompt)
-        yield from writer.read_prompt(place)
-        if writer.finish_reason:
+        hidden = yield from writer.read_whole_prompt()
+        if hidden is None:
             return
-        hidden = self.model.encode(mx.array([tokens[place:]]), writer.cache, images)
-        logits = self.model.logits(hidden[:, -1:])[:, 0]
+        logits = self.model.logits(hidden)[:, 0]
         if self.options.repetition_penalty != 1:
-            logits = penalized(logits, self.options, mx.array(tokens[-REMEMBERED:]))
+            logits = penalized(logits, self.options, mx.array(writer.request.prompt.tokens[-REMEMBERED:]))
         first = choose_tokens(logits, self.options, token_keys([writer.options.seed], [0], TOKEN))
         mx.async_eval(first)
         self.start([Row(writer, self.plan.start(), first)])
