@@ -52,6 +52,10 @@ class Writer:
         """Tokens that the reply may still have."""
         return self.options.max_tokens - len(self.tokens)
 
+    def last_tokens(self, count: int) -> list[int]:
+        """The last `count` tokens of the prompt and what is written of the reply, or as many as there are."""
+        return [*self.request.prompt.tokens[-count:], *self.tokens[-count:]][-count:]
+
     def read_prompt(self, end: int | None = None) -> Iterator[Prefill]:
         """Encode what the cache does not hold yet of the prompt's first `end` tokens, a chunk at a time. None: all.
 

@@ -93,10 +93,7 @@ def pairs_expected(model, prompt, options) -> np.ndarray:
 
     def following(tokens: list[list[int]]) -> np.ndarray:
         logits = model.logits(model.encode(mx.array(tokens), model.make_cache())[:, -1:])[:, 0]
-        if settings.repetition_penalty != 1:
-            rows = zip(logits, tokens, strict=True)
-            logits = mx.concatenate([penalized(row[None], settings, mx.array(own)) for row, own in rows])
-        found = candidates(logits, settings)
+        found = candidates(penalized(logits, settings, mx.array(tokens)), settings)
         dense = np.zeros((len(tokens), size))
         np.put_along_axis(dense, np.array(found.ids), np.exp(np.array(found.log_probabilities)), axis=-1)
         return dense

@@ -34,7 +34,7 @@ class Autoregressive:
     def add(self, writer: Writer) -> Iterator[Event]:
         hidden = yield from writer.read_whole_prompt()
         if hidden is not None:
-            row = _Row(writer, mx.array(writer.request.prompt.tokens[-REMEMBERED:]))
+            row = _Row(writer)
             self._take_part([row], self._chosen([row], hidden))
 
     def drop(self, leaving: Sequence[Writer]) -> None:
@@ -85,24 +85,22 @@ class Autoregressive:
 
     def _chosen(self, rows: list[_Row], hidden: mx.array, tokens: mx.array | None = None) -> mx.array:
         """The tokens [B] that follow what `hidden` [B, 1, H] is of: the prompts, or `tokens` [B]."""
-        logits = self.model.logits(hidden)[:, 0]
-        if self.options.repetition_penalty != 1:
-            for number, row in enumerate(rows):
-                if tokens is not None:
-                    row.before = mx.concatenate([row.before[1 - REMEMBERED :], tokens[number : number + 1]])
-            logits = mx.concatenate(
-                [penalized(logits[number : number + 1], self.options, row.before) for number, row in enumerate(rows)]
-            )
+        under_way = mx.zeros((len(rows), 0), mx.int32) if tokens is None else tokens[:, None]
+        before = (
+            mx.concatenate([mx.array(row.writer.last_tokens(REMEMBERED - len(own))), own])
+            for row, own in zip(rows, under_way, strict=True)
+        )
+        logits = penalized(self.model.logits(hidden)[:, 0], self.options, before)
         seeds = [row.writer.options.seed for row in rows]
         places = [row.place + (tokens is not None) for row in rows]
         return choose_tokens(logits, self.options, token_keys(seeds, places, TOKEN))
 
 
 class _Row:
-    """One reply: `place` is that of the token under way, `before` the last tokens [n] before it, for the penalty."""
+    """One reply: `place` is that of the token under way."""
 
-    def __init__(self, writer: Writer, before: mx.array) -> None:
-        self.writer, self.before = writer, before
+    def __init__(self, writer: Writer) -> None:
+        self.writer = writer
         self.place = 0
 
     @property

@@ -279,10 +279,7 @@ def _choose(model: DiffusionGemma, options: Settings, hidden: mx.array, places: 
     found: list[int] = []
     for start in range(0, len(places), POSITIONS):
         part = slice(start, start + POSITIONS)
-        logits = model.logits(hidden[None, part])[0]
-        if options.repetition_penalty != 1:
-            windows = (mx.array(place.before) for place in places[part])
-            rows = zip(logits, windows, strict=True)
-            logits = mx.concatenate([penalized(row[None], options, before) for row, before in rows])
+        windows = (mx.array(place.before) for place in places[part])
+        logits = penalized(model.logits(hidden[None, part])[0], options, windows)
         found += np.array(choose_tokens(masked(logits, masks[part]), options, keys[part])).tolist()
     return found

@@ -36,9 +36,8 @@ class Speculative(Drafting["Row"]):
         hidden = yield from writer.read_whole_prompt()
         if hidden is None:
             return
-        logits = self.model.logits(hidden)[:, 0]
-        if self.options.repetition_penalty != 1:
-            logits = penalized(logits, self.options, mx.array(writer.request.prompt.tokens[-REMEMBERED:]))
+        before = mx.array([writer.last_tokens(REMEMBERED)])
+        logits = penalized(self.model.logits(hidden)[:, 0], self.options, before)
         first = choose_tokens(logits, self.options, token_keys([writer.options.seed], [0], TOKEN))
         mx.async_eval(first)
         self.start([Row(writer, self.plan.start(), first)])
@@ -65,7 +64,7 @@ class Row(drafting.Row):
         """The REMEMBERED tokens that a penalty looks at, the last known one included; where there are fewer, the first
         stands several times, which changes nothing.
         """
-        tokens = [*self.writer.request.prompt.tokens[-REMEMBERED:], *self.writer.tokens][-REMEMBERED:]
+        tokens = self.writer.last_tokens(REMEMBERED)
         return [*tokens[:1] * (REMEMBERED - len(tokens)), *tokens]
 
     def begin(self) -> list[Event]:
@@ -194,11 +193,7 @@ class _Draft(Round[Row]):
 
     def _logits(self, hidden: mx.array, windows: mx.array) -> mx.array:
         """The logits [N, V] after hidden [N, H], under the penalty for the tokens before them, windows [N, n]."""
-        logits = self.model.logits(hidden[None])[0]
-        if self.options.repetition_penalty == 1:
-            return logits
-        rows = [penalized(row[None], self.options, before) for row, before in zip(logits, windows, strict=True)]
-        return mx.concatenate(rows)
+        return penalized(self.model.logits(hidden[None])[0], self.options, windows)
 
     def _windows(self) -> mx.array:
         """The tokens that a penalty looks back at from every place, itself included: [B, L, REMEMBERED]."""

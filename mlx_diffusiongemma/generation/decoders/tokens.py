@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
@@ -82,11 +82,14 @@ def choose_tokens(logits: mx.array, options: Settings, keys: mx.array) -> mx.arr
     return candidates(logits, options).draw(keys)
 
 
-def penalized(logits: mx.array, options: Settings, before: mx.array) -> mx.array:
-    """Logits [1, V] after the repetition penalty for the tokens `before` them [n], which may be lazy."""
-    for process in make_logits_processors(repetition_penalty=options.repetition_penalty):
-        logits = process(before[-REMEMBERED:], logits)
-    return logits
+def penalized(logits: mx.array, options: Settings, before: Iterable[mx.array]) -> mx.array:
+    """Logits [N, V] after the repetition penalty, if there is one, for the tokens `before` each of them, the last
+    REMEMBERED at most, which may be lazy.
+    """
+    if options.repetition_penalty == 1:
+        return logits
+    [process] = make_logits_processors(repetition_penalty=options.repetition_penalty)
+    return mx.concatenate([process(own, row[None]) for row, own in zip(logits, before, strict=True)])
 
 
 def token_keys(seeds: Sequence[int], places: Sequence[int], purpose: int) -> mx.array:
