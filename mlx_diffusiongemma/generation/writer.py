@@ -52,6 +52,11 @@ class Writer:
         """Tokens that the reply may still have."""
         return self.options.max_tokens - len(self.tokens)
 
+    @property
+    def context(self) -> int:
+        """Tokens that the model's context has room for behind those in the cache."""
+        return self.model.config.text.max_position_embeddings - self.cache.offset
+
     def last_tokens(self, count: int) -> list[int]:
         """The last `count` tokens of the prompt and what is written of the reply, or as many as there are."""
         return [*self.request.prompt.tokens[-count:], *self.tokens[-count:]][-count:]

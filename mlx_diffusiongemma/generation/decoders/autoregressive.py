@@ -9,14 +9,12 @@ import mlx.core as mx
 
 from ...events import Event
 from ...model.cache import CacheRows
-from .tokens import REMEMBERED, choose_tokens, penalized, token_keys
+from .tokens import REMEMBERED, TOKEN, choose_tokens, penalized, token_keys
 
 if TYPE_CHECKING:
     from ...model.diffusion_gemma import DiffusionGemma
     from ...options import Settings
     from ..writer import Writer
-
-TOKEN = 0  # what a key is for
 
 
 class Autoregressive:
@@ -106,5 +104,4 @@ class _Row:
     @property
     def is_last(self) -> bool:
         """Whether no token can follow the one under way."""
-        limit = self.writer.model.config.text.max_position_embeddings
-        return self.writer.room <= 1 or self.writer.cache.offset + 1 >= limit
+        return self.writer.room <= 1 or self.writer.context <= 1

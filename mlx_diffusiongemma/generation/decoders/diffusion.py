@@ -103,10 +103,9 @@ class _Reply:
     def commit(self) -> Event:
         """Take the canvas in."""
         writer, steps = self.writer, self.wasted + self.steps
-        length, limit = writer.options.canvas_length, writer.model.config.text.max_position_embeddings
         self.committed = True
         writer.count(steps=steps)
-        return writer.take(self.tokens, steps=steps, last=writer.cache.offset + 2 * length > limit)
+        return writer.take(self.tokens, steps=steps, last=writer.context < 2 * writer.options.canvas_length)
 
 
 def draft_of(

@@ -21,14 +21,13 @@ from ..writer import cut_at_end
 from .drafting import POSITIONS, Drafting, Round, Row, Shown
 from .grammar import Guide, allows, masked
 from .plans import FixedPlan, Plan
-from .tokens import REMEMBERED, choose_tokens, penalized, token_keys
+from .tokens import REMEMBERED, TOKEN, choose_tokens, penalized, token_keys
 
 if TYPE_CHECKING:
     from ...model.diffusion_gemma import DiffusionGemma
     from ...options import Settings
     from ..writer import Writer
 
-TOKEN = 0  # what a key is for
 CORRECTED = 8  # drafted tokens of a step that may be replaced by the likeliest one that the grammar allows: a read each
 
 
@@ -105,9 +104,8 @@ class _Row(Row):
 
     def next_shape(self) -> tuple[int, int]:
         length, steps = self.plan.shape()
-        known, config = len(self.known), self.writer.model.config
-        context = config.text.max_position_embeddings - self.writer.cache.offset
-        length = min(known + min(length - 1, self.writer.room), config.canvas_length, context)
+        known, longest = len(self.known), self.writer.model.config.canvas_length
+        length = min(known + min(length - 1, self.writer.room), longest, self.writer.context)
         return (length, steps) if steps and length > known else (known, 0)
 
     def walk(self, best: list[int], correct: Callable[[int, np.ndarray], int]) -> _Path:

@@ -19,14 +19,12 @@ from .. import sampling
 from . import drafting
 from .drafting import POSITIONS, Drafting, Round, Shown
 from .plans import Plan
-from .tokens import REMEMBERED, candidates, choose_tokens, penalized, token_keys
+from .tokens import KEPT, REMEMBERED, REPLACED, TOKEN, candidates, choose_tokens, penalized, token_keys
 
 if TYPE_CHECKING:
     from ...model.diffusion_gemma import DiffusionGemma
     from ...options import Settings
     from ..writer import Writer
-
-TOKEN, KEPT, REPLACED = 0, 1, 2  # what a key is for, beside the draft's own
 
 
 class Speculative(Drafting["Row"]):
@@ -57,7 +55,7 @@ class Row(drafting.Row):
     @property
     def is_last(self) -> bool:
         """Whether the model's context has no room after the last token."""
-        return self.writer.cache.offset + 1 >= self.writer.model.config.text.max_position_embeddings
+        return self.writer.context <= 1
 
     @property
     def before(self) -> list[int]:
@@ -73,8 +71,7 @@ class Row(drafting.Row):
 
     def next_shape(self) -> tuple[int, int]:
         length, steps = self.plan.shape()
-        context = self.writer.model.config.text.max_position_embeddings - self.writer.cache.offset
-        length = min(length, context, self.writer.room)
+        length = min(length, self.writer.context, self.writer.room)
         return length, steps if length > 1 else 0
 
     def take(self, tokens: list[int], drafted: int, steps: int) -> list[Event]:

@@ -14,6 +14,7 @@ from mlx_lm.sample_utils import make_logits_processors
 if TYPE_CHECKING:
     from ...options import Settings
 
+TOKEN, KEPT, REPLACED = 0, 1, 2  # what a key is for: to choose a token, to keep a drafted one or to replace it
 REMEMBERED = 20  # tokens that a repetition penalty looks back at: mlx-lm's own number
 CHUNK = 256  # of the vocabulary: the best of it are looked for among the chunks with the highest maxima
 
