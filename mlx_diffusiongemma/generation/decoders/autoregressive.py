@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from ...events import Event
-from ...model.cache import CacheRows
+from ...model.cache import CacheRows, together
 from .tokens import REMEMBERED, TOKEN, choose_tokens, penalized, token_keys
 
 if TYPE_CHECKING:
@@ -77,8 +77,7 @@ class Autoregressive:
 
     def _following(self, rows: list[_Row], tokens: mx.array) -> mx.array:
         """The tokens [B] that follow `tokens` [B], which the caches take in."""
-        caches = [row.writer.cache for row in rows]
-        cache = caches[0] if len(caches) == 1 else CacheRows(caches)
+        cache = together([row.writer.cache for row in rows])
         return self._chosen(rows, self.model.encode_lazily(tokens[:, None], cache), tokens)
 
     def _chosen(self, rows: list[_Row], hidden: mx.array, tokens: mx.array | None = None) -> mx.array:

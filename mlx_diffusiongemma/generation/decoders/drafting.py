@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 import mlx.core as mx
 
 from ...events import Event
-from ...model.cache import Cache, CacheRows
+from ...model.cache import Cache, CacheRows, together
 from .. import sampling
 from ..sampling import Draws
 from .diffusion import draft_of
@@ -125,8 +125,7 @@ class Round(ABC, Generic[R]):
 
     @property
     def _cache(self) -> Cache | CacheRows:
-        caches = [row.writer.cache for row in self.rows]
-        return caches[0] if len(caches) == 1 else CacheRows(caches)
+        return together([row.writer.cache for row in self.rows])
 
     def _reading(self, canvas: mx.array, soft_embedding: mx.array) -> tuple[mx.array, Reading]:
         """The hidden states of the diffusion decoder's next step, on a schedule of `steps`, and what they say; the last
