@@ -141,6 +141,11 @@ class _Run:
         if not records:
             raise TrainingError("There is nothing to train on; give at least one conversation.")
         self.group = mx.distributed.init()
+        if self.group.size() > options.update_size:
+            raise TrainingError(
+                f"The {options.update_size} replies of an update are too few for {self.group.size()} machines; raise "
+                "grad_accumulation_steps."
+            )
         self.optimizer = _optimizer(options)
         self.progress = Progress()
         self.loss_and_gradient = nn.value_and_grad(model, self._loss)
