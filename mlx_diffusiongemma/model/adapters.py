@@ -8,7 +8,7 @@ every weight of the base.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -173,11 +173,11 @@ def dense_weight(linear: nn.Module) -> mx.array:
     return weight
 
 
-def keys_of(names: list[str] | tuple[str, ...]) -> tuple[str, ...]:
+def keys_of(names: Sequence[str]) -> tuple[str, ...]:
     """The paths that groups ("attention", "experts", "all-linear") and paths stand for. Raises AdapterError."""
+    known = [key for keys in GROUPS.values() for key in keys]
     found: list[str] = []
     for name in names:
-        known = [key for keys in GROUPS.values() for key in keys]
         if name == "all-linear":
             found += keys_of(ALL_LINEAR)
         elif name in GROUPS:
@@ -205,12 +205,13 @@ def put_in(model: DiffusionGemma, config: AdapterConfig, seed: int = 0) -> None:
             _twin(layer, own.layer_scalar) for layer, own in zip(decoder.layers, encoder.layers, strict=True)
         ]
     random = _keys(seed)
-    for number, layer in enumerate(decoder.layers[first:], start=first):
-        _adapt(layer, config, [key for key in keys if not key.startswith(OF_THE_DECODER)], random)
+    of_decoder = [key for key in keys if key.startswith(OF_THE_DECODER)]
+    of_layers = [key for key in keys if key not in of_decoder]
+    for layer, own in list(zip(decoder.layers, encoder.layers, strict=True))[first:]:
+        _adapt(layer, config, of_layers, random)
         if config.towers == "separate":
-            own = encoder.layers[number]
-            _adapt(own, config, [key for key in keys if not key.startswith(OF_THE_DECODER)], random)
-    _adapt(decoder, config, [key for key in keys if key.startswith(OF_THE_DECODER)], random)
+            _adapt(own, config, of_layers, random)
+    _adapt(decoder, config, of_decoder, random)
 
 
 def use_adapter(model: DiffusionGemma, adapter: Adapter | None) -> None:

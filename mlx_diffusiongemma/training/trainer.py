@@ -143,8 +143,8 @@ class _Run:
         self.group = mx.distributed.init()
         if self.group.size() > options.update_size:
             raise TrainingError(
-                f"{self.group.size()} machines cannot share {options.update_size} replies an update; raise the batch "
-                "size or the accumulation steps."
+                f"The {options.update_size} replies of an update are too few for {self.group.size()} machines; raise "
+                "grad_accumulation_steps."
             )
         self.optimizer = _optimizer(options)
         self.progress = Progress()

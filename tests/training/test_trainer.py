@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -223,6 +224,14 @@ def test_options_that_make_no_sense_are_refused():
     ):
         with pytest.raises(TrainingError, match=reason):
             TrainingOptions(**settings)
+
+
+def test_more_machines_than_replies_of_an_update_are_refused(demo_float32, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(mx.distributed, "init", lambda: SimpleNamespace(size=lambda: 5, rank=lambda: 4))
+    model, processor = load(demo_float32)
+    with pytest.raises(TrainingError, match="The 4 replies of an update are too few for 5 machines"):
+        train(model, processor, read_records(data, processor, 256), OPTIONS, adapter_path=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_whole_models_are_trained_unless_they_are_quantized(demo_float32, demo_4bit, data, tmp_path):
