@@ -46,11 +46,16 @@ class Running:
 
 @contextmanager
 def running(
-    loader: Any, rules: Rules | None = None, queue: int = 32, ready: bool = True, **service: Any
+    loader: Any,
+    rules: Rules | None = None,
+    queue: int = 32,
+    ready: bool = True,
+    kept_bytes: int | None = None,
+    **service: Any,
 ) -> Iterator[Running]:
     """Serve what `loader` loads. ready: wait until it is loaded."""
     rules = rules or Rules()
-    engine = Engine(loader, queue=queue)
+    engine = Engine(loader, queue=queue, kept_bytes=kept_bytes)
     made = Service(engine, "demo", **{"options": GenerationOptions(), **service})
     listening = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(make_app(made, rules), log_config=None, timeout_graceful_shutdown=2))

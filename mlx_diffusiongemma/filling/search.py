@@ -237,7 +237,8 @@ class GapFiller:
             raise
         best = self.best = tries[0]
         self._draft(shared, best)
-        if sum(map(len, shared.cut(best.places, best.tokens, self.earlier))) > room:
+        fillings = shared.cut(best.places, best.tokens, self.earlier)
+        if sum(len(self._before_end(gap, own)) for gap, own in zip(shared.gaps, fillings, strict=False)) > room:
             raise Full
         text_end = self._take(first, shared, best)
         read = self._read(self.filled)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import PromptError
+from .schemas import ANNOTATIONS
 from .tools import QUOTE
 
 # What a schema may say of a value of each type. Numbers are written as in JSON, and so are their limits honoured.
@@ -20,7 +21,7 @@ HONOURED = {
     "array": {"items", "minItems", "maxItems"},
     "object": {"properties", "required", "additionalProperties"},
 }
-ANNOTATIONS = {"type", "title", "description", "default", "examples", "$defs", "nullable"}
+ALWAYS = {*ANNOTATIONS, "type", "nullable", "$defs", "definitions"}
 ANY_TEXT = r"/([^<]|<+[^<|])*/"  # no marker that is spelled in letters
 BARE_KEY = r'/[^{}\[\],":<\s][^{}\[\],":<]*/'
 
@@ -182,7 +183,7 @@ class _Rules:
 
     def _check(self, schema: Mapping[str, Any], honoured: set[str], path: str) -> None:
         for name in schema:
-            if name not in honoured and name not in ANNOTATIONS:
+            if name not in honoured and name not in ALWAYS:
                 raise PromptError(f"The keyword `{name}` of `{path}` cannot be honoured in a call; leave it out.")
 
 

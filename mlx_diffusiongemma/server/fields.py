@@ -43,23 +43,6 @@ def stops_of(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     return tuple(text for text in ([stop] if isinstance(stop, str) else stop or ()) if text)
 
 
-def function_tools(tools: Sequence[dict[str, Any]] | None, choice: Any) -> list[dict[str, Any]]:
-    """OpenAI's tools as the model reads them. Raises PromptError where a field of them cannot be honoured."""
-    for number, tool in enumerate(tools or ()):
-        function = tool.get("function")
-        check_strict(isinstance(function, dict) and function.get("strict"), choice, f"tools[{number}].function.strict")
-    return [] if choice == "none" else list(tools or ())
-
-
-def check_strict(strict: Any, choice: Any, field: str) -> None:
-    """Raises PromptError where a tool's arguments must be valid, and calls are left to the model."""
-    if strict and chosen_tool(choice) is None and choice != "none":
-        raise PromptError(
-            f"`{field}` cannot be honoured where the model may call or not; leave it out, or set `tool_choice` to "
-            "required or the tool's name."
-        )
-
-
 def chosen_tool(choice: Any) -> str | None:
     """The tool that must be called, "required" for any of them, None where that is left to the model. Raises
     PromptError.

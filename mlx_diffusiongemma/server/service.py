@@ -15,6 +15,7 @@ from .limits import check_depth, check_images
 from .refusals import Refusal
 from .remote import with_images_fetched
 from .work.engine import Engine
+from .work.strict_calls import StrictCalls, stream_strictly, strict_tools
 from .work.waiting import Item, Job, Turn
 
 if TYPE_CHECKING:
@@ -71,9 +72,12 @@ class Service:
         """The options of a request whose `fields` are named as in `GenerationOptions`; None is the server's own.
 
         Clients send a temperature and the like to every model, and the diffusion decoder has a schedule of its own: it
-        leaves out what only causal decoders know. In a form every token is chosen causally. Raises PromptError.
+        leaves out what only causal decoders know. In a form every token is chosen causally. A negative `max_tokens` is
+        llama.cpp's clients' way not to limit a reply. Raises PromptError.
         """
         given = {name: value for name, value in fields.items() if value is not None}
+        if given.get("max_tokens", 0) < 0:
+            del given["max_tokens"]
         options = self.options.with_decoder(given.pop("decoder", self.options.decoder))
         unused = OF_CAUSAL_DECODERS if options.decoder == "diffusion" and not form else ()
         if form:
@@ -124,8 +128,11 @@ class Service:
         options = self.checked(prompt, options, form)
         if canvas is not None:
             canvas = Canvas(canvas.tokens[: options.max_tokens])
+        is_strict = bool(strict_tools(prompt)) and not form
 
         def work(turn: Turn) -> Generator[Item, None, None]:
+            if is_strict:
+                return stream_strictly(turn, prompt, options, canvas)
             return stream(
                 turn.model,
                 turn.processor,
@@ -148,6 +155,8 @@ class Service:
                 tool_choice=form.tool_choice,
                 options=options,
             )
+            if is_strict:
+                StrictCalls(model, processor, prompt, options)
 
         model, processor, _ = self.engine.loaded
         await self.engine.prepare(lambda: check(model, processor))

@@ -178,3 +178,12 @@ def test_cancelled_before_it_begins_it_computes_nothing(demo):
     assert result.text == "count from 5: , 7, ."
     with pytest.raises(PromptError, match="seed must be"):
         infill(*demo, ["a", Hole(2)], seed=-1)
+
+
+def test_a_hole_at_the_end_is_bounded_by_its_own_tokens(demo):
+    def filled(most):
+        options = GenerationOptions(max_steps=4, seed=3, max_tokens=most)
+        return infill(*demo, ["12 13 14 ", Hole(4)], options=options)
+
+    assert filled(4).holes == filled(1024).holes != [""]
+    assert filled(4).finish_reason == "stop" and filled(4).stats.generated_tokens <= 4

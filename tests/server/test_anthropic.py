@@ -104,7 +104,6 @@ def test_system_messages_may_stand_in_the_conversation(server):
         ("max_tokens", 0),
         ("messages", [{"role": "assistant", "content": "x"}]),
         ("messages", [{"role": "user", "content": [{"type": "document"}]}]),
-        ("tools", [{**TOOL, "strict": True}]),
     ],
 )
 def test_what_cannot_be_honoured_is_an_error_of_the_clients(client, field, value):

@@ -1,9 +1,9 @@
-"""What editors send: recorded request bodies of Zed, Continue, llama.vim and Xcode."""
+"""The interfaces of editors; whole requests as they send them are in `test_editor_requests.py`."""
 
 import pytest
 from servers import data_of, user
 
-from mlx_diffusiongemma import GenerationOptions, Hole, edit, infill
+from mlx_diffusiongemma import GenerationOptions, edit
 from mlx_diffusiongemma.server.interfaces.edits import read_region
 from mlx_diffusiongemma.server.middles import find_middle
 
@@ -23,15 +23,6 @@ FEW = GenerationOptions(seed=3, max_steps=2)
 def test_markers_are_understood(marked):
     assert find_middle(marked, None) == find_middle("abc", "hij") == PARTS
     assert find_middle("abc", None) is None
-
-
-def test_zeds_completion_has_what_zed_reads(server):
-    marked = f"<|fim_prefix|>{PARTS[0]}<|fim_suffix|>{PARTS[1]}<|fim_middle|>"
-    body = {"model": "any", "max_tokens": 4, "stop": ["<|endoftext|>"], "seed": 3, "max_steps": 2}
-    reply = server.post("/v1/completions", **body, prompt=marked).json()
-    assert {"id", "object", "created", "model", "choices", "usage"} <= reply.keys()
-    own = infill(*server.engine.loaded[:2], [PARTS[0], Hole(4), PARTS[1]], options=FEW)
-    assert reply["choices"][0]["text"] == own.holes[0]
 
 
 def test_a_middle_has_its_text_where_each_client_looks(server):
@@ -113,12 +104,6 @@ def test_models_are_listed_wherever_they_are_looked_for(server):
         assert model["id"] == "demo" and model["max_model_len"] == model["context_length"] == model["n_ctx"] == 4096
     assert server.http.get("/v1/models/any").json()["id"] == "demo"
     assert server.http.head("/").status_code == 200
-
-
-def test_xcodes_chat_streams_whatever_it_accepts(server):
-    body = {"model": "demo", "messages": user("reverse abc"), "stream": True, "tools": []}
-    reply = server.http.post("/v1/chat/completions", json=body, headers={"Accept": "application/json"})
-    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in data_of(reply)) == "cba"
 
 
 @pytest.mark.parametrize(

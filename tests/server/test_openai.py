@@ -144,7 +144,6 @@ def test_a_prediction_is_accounted_for(client):
         ("tool_choice", "required"),
         ("tool_choice", {"type": "function", "function": {"name": "get_weather"}}),
         ("tool_choice", {"type": "allowed_tools"}),
-        ("tools", [{"type": "function", "function": {**WEATHER, "strict": True}}]),
         ("n", 2),
         ("logprobs", True),
         ("diffusing", True),

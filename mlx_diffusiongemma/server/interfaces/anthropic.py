@@ -88,7 +88,7 @@ def routes(service: Service) -> APIRouter:
 
 async def _prompt(service: Service, body: CountBody) -> Prompt:
     service.check_model(body.model)
-    tools = [] if body.choice == "none" else function_schemas(body.tools or [], body.choice)
+    tools = [] if body.choice == "none" else function_schemas(body.tools or [])
     thinking = (body.thinking or {}).get("type", "disabled") != "disabled"
     return await service.chat_prompt(chat_messages(body.system, body.messages), tools, thinking)
 

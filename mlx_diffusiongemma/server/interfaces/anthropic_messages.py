@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ...errors import PromptError
-from ..fields import check_strict
 
 # Claude Code's own line about a request, with a number that changes each time: no kept prefix would match any more.
 _BILLING = re.compile(r"^x-anthropic-billing-header:.*(?:\n|$)", re.MULTILINE)
@@ -34,11 +33,9 @@ def chat_messages(system: str | Sequence[dict[str, Any]] | None, messages: Seque
     return made
 
 
-def function_schemas(tools: Sequence[dict[str, Any]], choice: Any) -> list[dict[str, Any]]:
-    """Rewrite tools; those that a server of Anthropic's would run itself are left out. Raises PromptError."""
+def function_schemas(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rewrite tools; those that a server of Anthropic's would run itself are left out."""
     own = [tool for tool in tools if tool.get("type", "custom") == "custom"]
-    for tool in own:
-        check_strict(tool.get("strict"), choice, f"tools.{tool.get('name')}.strict")
     return [
         {
             "type": "function",
@@ -46,6 +43,7 @@ def function_schemas(tools: Sequence[dict[str, Any]], choice: Any) -> list[dict[
                 "name": tool.get("name"),
                 "description": tool.get("description") or "",
                 "parameters": tool.get("input_schema") or {},
+                "strict": tool.get("strict"),
             },
         }
         for tool in own

@@ -24,7 +24,6 @@ from ..fields import (
     chosen_tool,
     diffusion_frame,
     finish_of,
-    function_tools,
     is_thinking,
     pieces_of,
     schema_of,
@@ -124,7 +123,8 @@ async def _ask(request: Request, service: Service, body: ChatBody) -> _Asked:
         raise PromptError("`diffusing` shows drafts as they come; set `stream` to true too.")
     most = body.max_completion_tokens or body.max_tokens
     options = service.request_options({**body.sampling(), "max_tokens": most, "stop": stops_of(body.stop)}, form)
-    prompt = await service.chat_prompt(body.messages, function_tools(body.tools, body.tool_choice), body.thinking)
+    tools = [] if body.tool_choice == "none" else body.tools or []
+    prompt = await service.chat_prompt(body.messages, tools, body.thinking)
     predicted = _prediction(service, body.prediction)
     canvas = Canvas(predicted) if predicted and options.decoder == "diffusion" and not form else None
     drafts = body.diffusing or body.frames

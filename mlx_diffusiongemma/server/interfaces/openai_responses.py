@@ -44,7 +44,7 @@ def routes(service: Service) -> APIRouter:
         service.check_model(body.model)
         _check(body)
         form = Form(schema_of((body.text or {}).get("format"), "text.format"), chosen_tool(body.tool_choice))
-        tools = [] if body.tool_choice == "none" else function_schemas(body.tools or [], body.tool_choice)
+        tools = [] if body.tool_choice == "none" else function_schemas(body.tools or [])
         thinking = is_thinking((body.reasoning or {}).get("effort"))
         prompt = await service.chat_prompt(chat_messages(body.instructions, body.input), tools, thinking)
         options = service.request_options({**body.sampling(), "max_tokens": body.max_output_tokens}, form)

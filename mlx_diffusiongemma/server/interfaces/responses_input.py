@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...errors import PromptError
-from ..fields import check_strict
 
 
 def chat_messages(instructions: str | None, given: str | Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -36,14 +35,10 @@ def chat_messages(instructions: str | None, given: str | Sequence[dict[str, Any]
     return made
 
 
-def function_schemas(tools: Sequence[dict[str, Any]], choice: Any) -> list[dict[str, Any]]:
-    """Rewrite the functions among tools; those of other types are the provider's own, and left out. Raises
-    PromptError.
-    """
+def function_schemas(tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rewrite the functions among tools; those of other types are the provider's own, and left out."""
     functions = [tool for tool in tools if tool.get("type") == "function"]
-    for tool in functions:
-        check_strict(tool.get("strict"), choice, f"tools.{tool.get('name')}.strict")
-    names = ("name", "description", "parameters")
+    names = ("name", "description", "parameters", "strict")
     return [{"type": "function", "function": {name: tool.get(name) for name in names}} for tool in functions]
 
 
