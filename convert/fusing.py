@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..checkpoints.adapter_files import load_adapter
 from ..checkpoints.checkpoint import Checkpoint
@@ -18,7 +17,7 @@ from ..checkpoints.loading import load
 from ..checkpoints.safetensors import INDEX_NAME
 from ..config import read_json
 from ..errors import AdapterError, CheckpointError
-from ..model.adapters import Adapted, Adapter, adapted, dense_weight
+from ..model.adapters import Adapted, Adapter, dense_weight
 from ..model.scaled import TENSOR_SCALE
 from ..paths import user_path
 from .reading.reader import MX_DTYPES, dequantize
@@ -67,7 +66,7 @@ def fuse_adapter(
     if trained.config.fine_tune_type == "full":
         merging.arrays = {name: array.astype(merging.dtype(name)) for name, array in trained.arrays.items()}
     else:
-        layers = list(_paths(model))
+        layers = [(path, module) for path, module in model.named_modules() if isinstance(module, Adapted)]
         for done, (path, layer) in enumerate(layers, start=1):
             merging.merge(path, layer)
             if progress:
@@ -138,14 +137,6 @@ def _check(checkpoint: Checkpoint, adapter: Adapter, dequantize: bool) -> None:
         )
     if not dequantize and any(name.endswith(f".{TENSOR_SCALE}") for name in checkpoint.tensors):
         raise AdapterError("This checkpoint keeps NVIDIA's NVFP4 codes, which cannot be made here; add --dequantize.")
-
-
-def _paths(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
-    """Every adapted layer with its module path in the checkpoint."""
-    wanted = {id(layer): layer for _, _, layer in adapted(model)}
-    for path, module in model.named_modules():
-        if id(module) in wanted:
-            yield path, wanted[id(module)]
 
 
 def _write(checkpoint: Checkpoint, merging: _Merging, target: Path) -> None:

@@ -228,3 +228,7 @@ MODES: dict[str, GenerationOptions] = {
     "fast": GenerationOptions(max_steps=24, stability=0, confidence=0.002),
     "turbo": GenerationOptions(active_rows=True),
 }
+# The fields that any mode sets, which go back to the checkpoint's where another mode is chosen.
+OF_MODES = tuple(
+    name for name, unset in vars(MODES["reference"]).items() if {unset} != {vars(mode)[name] for mode in MODES.values()}
+)

@@ -92,7 +92,7 @@ def conversation(draw: random.Random, images: Path) -> dict[str, Any]:
     """One conversation of any kind, in the form of a training line; a picture goes into `images`."""
     kind = draw.choices(
         ["solve", "sort", "think", "reverse", "multi", "json", "image", "count", "tool"],
-        [20, 14, 14, 10, 12, 10, 10, 8, 8],
+        [18, 12, 14, 8, 12, 8, 10, 14, 10],
     )[0]
     if kind in TURNS:
         return {"messages": _messages([TURNS[kind](draw)])}

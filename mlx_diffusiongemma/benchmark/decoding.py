@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from ..events import Done
+from ..events import Commit, Done
 from ..generation.replying import stream
 from ..options import DECODERS, Decoder, GenerationOptions
 from .ceilings import seconds_of
 
 if TYPE_CHECKING:
+    from ..events import Stats
     from ..model.cache import Cache
     from ..model.diffusion_gemma import DiffusionGemma
     from ..processing.processor import Processor
@@ -26,15 +28,30 @@ TEMPERATURE = 0.6
 
 @dataclass(frozen=True)
 class Replies:
-    """The prompts answered by one decoder. tokens_per_pass: of its causal passes, where there are any."""
+    """The prompts answered by one decoder, with the checkpoint's own sampler, to their natural stop.
 
+    steps: denoising steps of every canvas, in order. passes: causal ones. first_seconds: to the first tokens, median.
+    """
+
+    steps: list[int]
+    passes: int
     tokens: int
     seconds: float
-    tokens_per_pass: float
+    first_seconds: float
+    peak_memory_bytes: int
 
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        return self.tokens / self.passes if self.passes else 0.0
+
+    @property
+    def distribution(self) -> dict[int, int]:
+        """Steps → canvases that took as many."""
+        return dict(sorted(Counter(self.steps).items()))
 
 
 @dataclass(frozen=True)
@@ -101,7 +118,7 @@ def step_seconds(model: DiffusionGemma, cache: Cache, rows: int) -> float:
         cache.settle()
         return model.read_vocabulary(hidden, TEMPERATURE, key)
 
-    seconds = seconds_of(step, 0.3)
+    seconds = seconds_of(step, 0.5)
     cache.release()
     return seconds
 
@@ -129,12 +146,23 @@ def token_seconds(model: DiffusionGemma, cache: Cache) -> float:
 def _replies(
     model: DiffusionGemma, processor: Processor, prompts: Sequence[str], max_tokens: int, decoder: Decoder
 ) -> Replies:
-    tokens, passes, seconds = 0, 0, 0.0
+    found: list[Stats] = []
+    firsts: list[float] = []
     for seed, prompt in enumerate(prompts):
         options = GenerationOptions(decoder=decoder, max_tokens=max_tokens, seed=seed)
+        started, first = time.perf_counter(), None
         for event in stream(model, processor, prompt, options=options):
-            if isinstance(event, Done):
-                tokens += event.stats.generated_tokens
-                passes += event.stats.passes
-                seconds += event.stats.denoise_seconds
-    return Replies(tokens, seconds, tokens / passes if passes else 0.0)
+            match event:
+                case Commit() if first is None:
+                    first = time.perf_counter() - started
+                    firsts.append(first)
+                case Done(_, stats):
+                    found.append(stats)
+    return Replies(
+        steps=[count for stats in found for count in stats.steps],
+        passes=sum(stats.passes for stats in found),
+        tokens=sum(stats.generated_tokens for stats in found),
+        seconds=sum(stats.denoise_seconds for stats in found),
+        first_seconds=sorted(firsts)[len(firsts) // 2],
+        peak_memory_bytes=max(stats.peak_memory_bytes for stats in found),
+    )

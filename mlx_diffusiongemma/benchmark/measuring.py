@@ -9,7 +9,6 @@ import os
 import platform
 import subprocess
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -24,16 +23,14 @@ from ..checkpoints.hub import download_snapshot, is_repository
 from ..convert.plan import fitting_mac
 from ..convert.reading import remote
 from ..errors import CheckpointError
-from ..events import Commit, Done
 from ..generation.canvas import Canvas
 from ..generation.denoising import Denoising, Job
-from ..generation.replying import stream
 from ..generation.request import request_options
 from ..generation.sampling import Draws
 from ..options import GenerationOptions
 from ..paths import user_path
 from . import ceilings
-from .decoding import DecoderSpeeds, measure_decoders
+from .decoding import DecoderSpeeds, Replies, measure_decoders
 from .prediction import Prediction, predict
 from .step_profile import Component, measure_step
 
@@ -82,26 +79,6 @@ class FixedWork:
 
 
 @dataclass(frozen=True)
-class NaturalStop:
-    """The prompts answered with the checkpoint's own sampler. `steps`: of every canvas, in order."""
-
-    steps: list[int]
-    tokens: int
-    seconds: float
-    first_canvas_seconds: float
-    peak_memory_bytes: int
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    @property
-    def distribution(self) -> dict[int, int]:
-        """Steps → canvases that took as many."""
-        return dict(sorted(Counter(self.steps).items()))
-
-
-@dataclass(frozen=True)
 class Autoregressive:
     """The same prompts answered by another model through mlx-lm, token after token."""
 
@@ -130,22 +107,32 @@ class Report:
     components: list[Component]
     step_seconds: float
     fixed: list[FixedWork]
-    natural: NaturalStop
     decoders: DecoderSpeeds
     prefill_tokens_per_second: float
     against: Autoregressive | None
+
+    @property
+    def natural(self) -> Replies:
+        """The replies of the diffusion decoder."""
+        return self.decoders.replies["diffusion"]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON can hold it, with the rates that follow from the rest."""
         content = asdict(self)
         content["machine"] |= content.pop("best")
         content["ceilings_in_operations_per_second"] = content.pop("ceilings")
-        content["fixed_work"], content["natural_stop"] = content.pop("fixed"), content.pop("natural")
+        content["fixed_work"] = content.pop("fixed")
         for written, measured in zip(content["fixed_work"], self.fixed, strict=True):
             written |= {"seconds_per_step": measured.seconds_per_step, "tokens_per_second": measured.tokens_per_second}
-        content["natural_stop"] |= {
-            "tokens_per_second": self.natural.tokens_per_second,
-            "canvases_by_steps": self.natural.distribution,
+        natural = self.natural
+        content["natural_stop"] = {
+            "steps": natural.steps,
+            "tokens": natural.tokens,
+            "seconds": natural.seconds,
+            "first_canvas_seconds": natural.first_seconds,
+            "peak_memory_bytes": natural.peak_memory_bytes,
+            "tokens_per_second": natural.tokens_per_second,
+            "canvases_by_steps": natural.distribution,
         }
         content["decoders"] = self.decoders.to_dict()
         if self.against:
@@ -182,9 +169,7 @@ def run_benchmark(
     for count in steps:
         log(f"{count} steps")
         fixed.append(measure_fixed(model, cache, count))
-    log(f"{len(prompts)} prompts to their natural stop")
-    natural = measure_natural(model, processor, prompts, max_tokens)
-    log("the same prompts by each decoder")
+    log(f"{len(prompts)} prompts to their natural stop, by each decoder")
     decoders = measure_decoders(model, processor, cache, prompts, max_tokens)
     return Report(
         machine=machine,
@@ -195,7 +180,6 @@ def run_benchmark(
         components=components,
         step_seconds=step_seconds,
         fixed=fixed,
-        natural=natural,
         decoders=decoders,
         prefill_tokens_per_second=prefix / prefill_seconds,
         against=against,
@@ -317,26 +301,6 @@ def measure_fixed(model: DiffusionGemma, cache: Cache, steps: int) -> FixedWork:
     for _ in run.steps():
         pass
     return FixedWork(steps, time.perf_counter() - started, length)
-
-
-def measure_natural(
-    model: DiffusionGemma, processor: Processor, prompts: Sequence[str], max_tokens: int
-) -> NaturalStop:
-    steps: list[int] = []
-    tokens, seconds, first_canvases, peak = 0, 0.0, [], 0
-    for seed, prompt in enumerate(prompts):
-        started, first = time.perf_counter(), None
-        for event in stream(model, processor, prompt, max_tokens=max_tokens, seed=seed):
-            match event:
-                case Commit() if first is None:
-                    first = time.perf_counter() - started
-                    first_canvases.append(first)
-                case Done(_, stats):
-                    steps += stats.steps
-                    tokens += stats.generated_tokens
-                    seconds += stats.denoise_seconds
-                    peak = max(peak, stats.peak_memory_bytes)
-    return NaturalStop(steps, tokens, seconds, sorted(first_canvases)[len(first_canvases) // 2], peak)
 
 
 def measure_autoregressive(source: str, prompts: Sequence[str] = PROMPTS, max_tokens: int = 512) -> Autoregressive:

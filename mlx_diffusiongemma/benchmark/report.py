@@ -147,7 +147,7 @@ def _speed(report: Report) -> Table:
         kept = f"{replies.tokens_per_pass:.1f} tokens a causal pass" if name == "speculative" else "natural stop"
         table.add_row(f"decoder {name}", f"{replies.tokens_per_second:.1f}", "", kept)
     table.add_row("prefill", f"{report.prefill_tokens_per_second:.1f}", "", f"{report.prefix_tokens:,} tokens")
-    first, peak = natural.first_canvas_seconds, natural.peak_memory_bytes / 1e9
+    first, peak = natural.first_seconds, natural.peak_memory_bytes / 1e9
     table.add_section()
     table.add_row("first canvas", "", "", f"after {first:.2f} s (median)")
     table.add_row("peak memory", "", "", f"{peak:.2f} GB")

@@ -11,12 +11,11 @@ import mlx.core as mx
 
 from . import operations
 from .ceilings import Ceilings, seconds_of
+from .decoding import TEMPERATURE, step_seconds
 
 if TYPE_CHECKING:
     from ..model.cache import Cache
     from ..model.diffusion_gemma import DecoderLayer, DiffusionGemma
-
-TEMPERATURE = 0.6
 
 
 @dataclass(frozen=True)
@@ -62,16 +61,10 @@ def measure_step(model: DiffusionGemma, cache: Cache, ceilings: Ceilings) -> tup
         operations.VOCABULARY: lambda: model.read_vocabulary(x, TEMPERATURE, key),
     }
 
-    def step() -> object:
-        hidden = model.denoise(tokens, cache, x)
-        cache.settle()
-        return model.read_vocabulary(hidden, TEMPERATURE, key)
-
     counted = operations.step_operations(model, cache.offset)
     components = [_component(name, work, counted[name], ceilings) for name, work in parts.items()]
-    whole = seconds_of(step, 0.5)
     cache.release()
-    return components, whole
+    return components, step_seconds(model, cache, length)
 
 
 def _kind(kept: Any) -> str:

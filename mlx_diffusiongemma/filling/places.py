@@ -119,73 +119,68 @@ def _along(by_position: np.ndarray, columns: Sequence[int], before: int, earlier
     return total
 
 
-def rank(
-    legs: Sequence[Leg],
-    start: int,
-    length: int,
-    fits: Sequence[np.ndarray],
-    options: Sequence[Sequence[np.ndarray]],
-    goes_on: bool,
-    wanted: int,
-) -> list[Ranked]:
-    """The best places for the texts of `legs` on a canvas of `length`, then rivals, the best first: for each text, as
-    many as are `wanted`, each the best of those that put it where none before did or fill its gap otherwise.
+@dataclass(frozen=True)
+class Evidence:
+    """The evidence of a step for the texts of `legs` on a canvas of `length`.
 
     start: of the first gap; before 0 where it began on an earlier canvas. fits: for each leg its text's evidence at
     each place from min(start, 0) to `length`, -inf where it cannot be. options: likewise that of each of the gap's.
-    goes_on: whether text may lie beyond the canvas. Nothing where the texts do not fit the canvas.
+    goes_on: whether text may lie beyond the canvas.
     """
-    best = _best(legs, start, length, fits, options, goes_on, ())
-    if best is None:
-        return []
-    rivals: list[Ranked] = []
-    for number, place in enumerate(best.places):
-        banned = {(number, place)}
-        for _ in range(wanted):
-            rival = _best(legs, start, length, fits, options, goes_on, banned)
-            if rival is None:
-                break
-            banned.add((number, rival.places[number]))
-            if rival not in rivals:
-                rivals.append(rival)
-    return [best, *sorted(rivals, key=lambda rival: -rival.evidence)]
 
+    legs: Sequence[Leg]
+    start: int
+    length: int
+    fits: Sequence[np.ndarray]
+    options: Sequence[Sequence[np.ndarray]]
+    goes_on: bool
 
-def _best(
-    legs: Sequence[Leg],
-    start: int,
-    length: int,
-    fits: Sequence[np.ndarray],
-    options: Sequence[Sequence[np.ndarray]],
-    goes_on: bool,
-    banned: Collection[tuple[int, Place]],
-) -> Ranked | None:
-    """The places with the most evidence without one that is banned: dynamic programming over where each text ends.
+    def rank(self, wanted: int) -> list[Ranked]:
+        """The best places, then rivals, the best first: for each text, as many as are `wanted`, each the best of those
+        that put it where none before did or fill its gap otherwise. Nothing where the texts do not fit the canvas.
+        """
+        best = self._best(())
+        if best is None:
+            return []
+        rivals: list[Ranked] = []
+        for number, place in enumerate(best.places):
+            banned = {(number, place)}
+            for _ in range(wanted):
+                rival = self._best(banned)
+                if rival is None:
+                    break
+                banned.add((number, rival.places[number]))
+                if rival not in rivals:
+                    rivals.append(rival)
+        return [best, *sorted(rivals, key=lambda rival: -rival.evidence)]
 
-    All indices count from `low`, the first place there is; the last is beyond the canvas.
-    """
-    low = min(start, 0)
-    count = length - low + 1
-    value = np.full(count, -np.inf)  # of the best way to have come to each place
-    value[start - low] = 0.0
-    ways: list[_Ways] = []
-    for number, leg in enumerate(legs):
-        forbidden = [place for leg_number, place in banned if leg_number == number]
-        arrivals = _arrivals(leg.gap, value, options[number], goes_on, forbidden, low)
-        value, way = _ends(leg, arrivals, value, fits[number], Place(None) in forbidden)
-        ways.append(way)
-    end = int(value.argmax())
-    if value[end] == -np.inf:
-        return None
-    evidence, places = float(value[end]), []
-    for way in reversed(ways):
-        place = int(way.place[end])
-        if place < 0:
-            places.append(Place(None))
-            continue
-        places.append(Place(place + low, int(way.option[place])))
-        end = int(way.origin[place])
-    return Ranked(tuple(reversed(places)), evidence)
+    def _best(self, banned: Collection[tuple[int, Place]]) -> Ranked | None:
+        """The places with the most evidence without one that is banned: dynamic programming over where each text ends.
+
+        All indices count from `low`, the first place there is; the last is beyond the canvas.
+        """
+        low = min(self.start, 0)
+        count = self.length - low + 1
+        value = np.full(count, -np.inf)  # of the best way to have come to each place
+        value[self.start - low] = 0.0
+        ways: list[_Ways] = []
+        for number, leg in enumerate(self.legs):
+            forbidden = [place for leg_number, place in banned if leg_number == number]
+            arrivals = _arrivals(leg.gap, value, self.options[number], self.goes_on, forbidden, low)
+            value, way = _ends(leg, arrivals, value, self.fits[number], Place(None) in forbidden)
+            ways.append(way)
+        end = int(value.argmax())
+        if value[end] == -np.inf:
+            return None
+        evidence, places = float(value[end]), []
+        for way in reversed(ways):
+            place = int(way.place[end])
+            if place < 0:
+                places.append(Place(None))
+                continue
+            places.append(Place(place + low, int(way.option[place])))
+            end = int(way.origin[place])
+        return Ranked(tuple(reversed(places)), evidence)
 
 
 class _Arrivals(NamedTuple):

@@ -13,7 +13,7 @@ from ..checkpoints.accounting import rows_after
 from ..generation.denoising import Denoising, Job, Step
 from ..generation.sampling import Draws
 from .denoisers import Allowed, InParts, Restricted
-from .places import Place, Ranked, Watch, rank
+from .places import Evidence, Place, Ranked, Watch
 from .window import GappedCanvas, Window
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class Settling:
         behind = step.tokens[max(window.start, 0) :]
         ended = late and any(token in options.end_tokens for token in behind)  # a reply that ended goes on nowhere
         wanted = 1 if self.tries is None else self.tries - 1
-        return rank(window.legs, window.start, window.length, fits, fillings, not ended, wanted)
+        return Evidence(window.legs, window.start, window.length, fits, fillings, not ended).rank(wanted)
 
     def _rows(self, ranked: list[Ranked], late: bool) -> list[tuple[tuple[Place, ...], Ranked]]:
         """The places to go on with: those that all close rivals agree on; late, those of each rival."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import mlx.core as mx
 import numpy as np
 
-from ..model.cache import Cache, CacheRows
+from ..model.cache import Cache, CacheRows, together
 from . import sampling
 from .canvas import Canvas
 from .sampling import Draws
@@ -168,8 +168,7 @@ class Denoising:
             return None
         state = states[0] if len(states) == 1 else states[0].joined(states[1])
         options, jobs, numbers = self.options, state.jobs, [number + 1 for number in state.numbers]
-        shared = all(job.cache is jobs[0].cache for job in jobs)
-        cache = jobs[0].cache if shared else CacheRows([job.cache for job in jobs])
+        cache = together([job.cache for job in jobs])
         heat = [sampling.temperature(number, options.max_steps, options.t_min, options.t_max) for number in numbers]
         temperature = heat[0] if len(set(heat)) == 1 else mx.array(heat)
         goes_on = min(numbers) < options.max_steps

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import mlx.core as mx
+
 from ..checkpoints.memory import PeakMemory
 from ..events import Commit, Done, FinishReason, Part, Prefill, Stats
 from ..processing.replies import calls_in, merge, reply_from_parts
-from .prefix import encode_prompt
+from .prefix import encode_prompt, split_off_end
 from .stops import StopStrings
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ class Writer:
         self.parts: list[Part] = []
         self.parser = processor.reply_parser(request.prompt)
         self.stops = StopStrings(request.options.stop)
-        self._commits = 0
+        self.commits = 0  # so far
         self._calls = 0  # tool calls so far
         self._stats = Stats(prompt_tokens=len(request.prompt.tokens))
         self._held = ExitStack()
@@ -49,6 +51,15 @@ class Writer:
     def room(self) -> int:
         """Tokens that the reply may still have."""
         return self.options.max_tokens - len(self.tokens)
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model's context has room for behind those in the cache."""
+        return self.model.config.text.max_position_embeddings - self.cache.offset
+
+    def last_tokens(self, count: int) -> list[int]:
+        """The last `count` tokens of the prompt and what is written of the reply, or as many as there are."""
+        return [*self.request.prompt.tokens[-count:], *self.tokens[-count:]][-count:]
 
     def read_prompt(self, end: int | None = None) -> Iterator[Prefill]:
         """Encode what the cache does not hold yet of the prompt's first `end` tokens, a chunk at a time. None: all.
@@ -65,6 +76,17 @@ class Writer:
             if self.finish_reason:
                 break
         self._prefilled = time.perf_counter()
+
+    def read_whole_prompt(self) -> Generator[Prefill, None, mx.array | None]:
+        """Encode the prompt, its end always anew: the hidden state [1, 1, H] of its last token, or None where the reply
+        is over before.
+        """
+        prompt = self.request.prompt
+        end, images = split_off_end(self.model, prompt)
+        yield from self.read_prompt(end)
+        if self.finish_reason:
+            return None
+        return self.model.encode(mx.array([prompt.tokens[end:]]), self.cache, images)[:, -1:]
 
     def notice_cancel(self) -> None:
         """End the reply if it is not wanted any more."""
@@ -102,8 +124,8 @@ class Writer:
             self.finish_reason = "tool"
         calls = calls_in(parts, self.request.prompt.first_call + self._calls)
         self._calls += len(calls)
-        commit = Commit(self._commits, tokens, parts, steps, calls)
-        self._commits += 1
+        commit = Commit(self.commits, tokens, parts, steps, calls)
+        self.commits += 1
         return commit
 
     def done(self) -> Done:

@@ -8,7 +8,7 @@ every weight of the base.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -173,11 +173,11 @@ def dense_weight(linear: nn.Module) -> mx.array:
     return weight
 
 
-def keys_of(names: list[str] | tuple[str, ...]) -> tuple[str, ...]:
+def keys_of(names: Sequence[str]) -> tuple[str, ...]:
     """The paths that groups ("attention", "experts", "all-linear") and paths stand for. Raises AdapterError."""
+    known = [key for keys in GROUPS.values() for key in keys]
     found: list[str] = []
     for name in names:
-        known = [key for keys in GROUPS.values() for key in keys]
         if name == "all-linear":
             found += keys_of(ALL_LINEAR)
         elif name in GROUPS:
@@ -205,12 +205,13 @@ def put_in(model: DiffusionGemma, config: AdapterConfig, seed: int = 0) -> None:
             _twin(layer, own.layer_scalar) for layer, own in zip(decoder.layers, encoder.layers, strict=True)
         ]
     random = _keys(seed)
-    for number, layer in enumerate(decoder.layers[first:], start=first):
-        _adapt(layer, config, [key for key in keys if not key.startswith(OF_THE_DECODER)], random)
+    of_decoder = [key for key in keys if key.startswith(OF_THE_DECODER)]
+    of_layers = [key for key in keys if key not in of_decoder]
+    for layer, own in list(zip(decoder.layers, encoder.layers, strict=True))[first:]:
+        _adapt(layer, config, of_layers, random)
         if config.towers == "separate":
-            own = encoder.layers[number]
-            _adapt(own, config, [key for key in keys if not key.startswith(OF_THE_DECODER)], random)
-    _adapt(decoder, config, [key for key in keys if key.startswith(OF_THE_DECODER)], random)
+            _adapt(own, config, of_layers, random)
+    _adapt(decoder, config, of_decoder, random)
 
 
 def use_adapter(model: DiffusionGemma, adapter: Adapter | None) -> None:
@@ -225,9 +226,9 @@ def use_adapter(model: DiffusionGemma, adapter: Adapter | None) -> None:
             put_in(model, adapter.config)
             # A layer without arrays stays as it is put in, which changes nothing: PEFT's can leave out single layers.
             given = {name.rpartition(".")[0] for name in adapter.arrays}
-            fresh = trained_arrays(model).items()
-            untouched = {name: array for name, array in fresh if name.rpartition(".")[0] not in given}
-            use_arrays(model, {**untouched, **adapter.arrays})
+            fresh = trained_arrays(model)
+            untouched = {name: array for name, array in fresh.items() if name.rpartition(".")[0] not in given}
+            use_arrays(model, fresh, {**untouched, **adapter.arrays})
     except AdapterError:
         take_out(model)
         raise
@@ -250,9 +251,8 @@ def take_out(model: DiffusionGemma) -> None:
             encoder.layers[number].layer_scalar = own.layer_scalar
 
 
-def use_arrays(model: DiffusionGemma, arrays: Mapping[str, mx.array]) -> None:
-    """Give a model's adapter its trained arrays. Raises AdapterError where they are not those that it has."""
-    expected = trained_arrays(model)
+def use_arrays(model: DiffusionGemma, expected: Mapping[str, mx.array], arrays: Mapping[str, mx.array]) -> None:
+    """Give a model other arrays for `expected`, its trained ones. Raises AdapterError where they are not the same."""
     if problem := _difference(expected, arrays):
         raise AdapterError(f"The adapter does not fit this model: {problem}; use it with the model it was trained on.")
     model.load_weights([(name, array.astype(expected[name].dtype)) for name, array in arrays.items()], strict=False)

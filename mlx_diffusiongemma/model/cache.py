@@ -308,3 +308,8 @@ class CacheRows:
     def release(self) -> None:
         for cache in self.caches:
             cache.release()
+
+
+def together(caches: Sequence[Cache]) -> Cache | CacheRows:
+    """A row for each of these caches, of one row each: the cache itself where there is but one."""
+    return caches[0] if all(cache is caches[0] for cache in caches) else CacheRows(caches)

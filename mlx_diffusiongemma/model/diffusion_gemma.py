@@ -324,14 +324,17 @@ class DiffusionGemma(nn.Module):
         temperature: float | mx.array,
         key: mx.array | None = None,
         places: Places | None = None,
+        *,
+        condition: bool | None = None,
     ) -> vocabulary.Reading:
         """Read tokens, sample, entropy and soft embedding off hidden [B, L, H] in one pass; no logits are kept.
 
         temperature: one for all rows, or of each row, [B]. key: PRNG key [2], or one per row [B, 2]; without one
-        nothing is drawn and no soft embedding computed. places: see `denoise`; each is drawn as in the whole canvas.
+        nothing is drawn. places: see `denoise`; each is drawn as in the whole canvas. condition: whether to compute the
+        soft embedding, which a next step is conditioned on; None is where something is drawn.
         """
         cap = self.config.text.final_logit_softcapping
-        reading = vocabulary.read(self.model.decoder.embed_tokens, hidden, cap, temperature, key, places)
+        reading = vocabulary.read(self.model.decoder.embed_tokens, hidden, cap, temperature, key, places, condition)
         if reading.soft_embedding is None:
             return reading
         return reading._replace(soft_embedding=self._scaled(reading.soft_embedding))

@@ -25,7 +25,7 @@ class Reading(NamedTuple):
     """The result of one pass over the vocabulary, for every position of the canvas.
 
     tokens [B, L]: argmax. sample [B, L]: one draw per position. entropy [B, L]: nats, float32. soft_embedding
-    [B, L, hidden]: the expected embedding. `sample` and `soft_embedding` are None where no key was given.
+    [B, L, hidden]: the expected embedding. `sample` and `soft_embedding` are None where they were not asked for.
     log_total [B, L]: what processed logits are above the log probabilities, float32; None where nobody computed it.
     """
 
@@ -167,12 +167,13 @@ def read(
     temperature: float | mx.array,
     key: mx.array | None,
     places: Places | None = None,
+    condition: bool | None = None,
 ) -> Reading:
     """One pass over the vocabulary for hidden [B, L, hidden], at `temperature` (> 0), one or of each row [B].
 
-    key: a PRNG key [2] for all rows, or one per row [B, 2]; None draws nothing and leaves the soft embedding out.
-    The soft embedding is unscaled. places: where in a canvas the L positions are, if they are only some of it: then
-    each draws what it draws in the whole canvas.
+    key: a PRNG key [2] for all rows, or one per row [B, 2]; None draws nothing. places: where in a canvas the L
+    positions are, if they are only some of it: then each draws what it draws in the whole canvas. condition: whether to
+    compute the soft embedding, here unscaled, for a next step; None is where something is drawn.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
     vocabulary = embedding.weight.shape[0]
@@ -180,21 +181,22 @@ def read(
     bound, divisor = mx.array(cap), mx.array(temperature, mx.float32)
     if divisor.ndim:
         divisor = mx.repeat(divisor, hidden.shape[1])[:, None]
-    total = _Total()
+    total = _Total(draw=key is not None, condition=key is not None if condition is None else condition)
     for number, block in enumerate(embedding_blocks(embedding, length)):
         start = number * length
-        total.add(block, _process(raw_logits(block, rows), bound, divisor), start, condition=key is not None)
+        total.add(block, _process(raw_logits(block, rows), bound, divisor), start)
         # One block after the other: evaluated together, all blocks would be alive at once.
         rows = mx.depends(rows, total.state)
     shape, sums = hidden.shape[:-1], total.sums
     assert sums is not None  # a vocabulary has at least one block
     tokens, entropy, log_total = (array.reshape(shape) for array in (sums.tokens, sums.entropy, sums.log_total))
-    if key is None or sums.soft is None:
-        return Reading(tokens, None, entropy, None, log_total)
+    soft = None if sums.soft is None else (sums.soft / sums.mass).reshape(hidden.shape)
+    if key is None:
+        return Reading(tokens, None, entropy, soft, log_total)
     uniforms = _uniforms(key, shape, places).reshape(2, -1)
     group = _pick(total.group_masses(sums.top), uniforms[0])
     sample = group * GROUP + _pick(_member_weights(embedding, rows, group, bound, divisor), uniforms[1])
-    return Reading(tokens, sample.reshape(shape), entropy, (sums.soft / sums.mass).reshape(hidden.shape), log_total)
+    return Reading(tokens, sample.reshape(shape), entropy, soft, log_total)
 
 
 def log_total(embedding: Embedding, hidden: mx.array, cap: float) -> mx.array:
@@ -263,9 +265,12 @@ class _Sums(NamedTuple):
 
 
 class _Total:
-    """Running sums over blocks, all relative to the running maximum."""
+    """Running sums over blocks, all relative to the running maximum. draw: keep the groups' masses too, to draw from.
+    condition: sum up the embeddings.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, *, draw: bool, condition: bool) -> None:
+        self.draw, self.condition = draw, condition
         self.sums: _Sums | None = None
         self.groups: list[mx.array] = []
         self.group_tops: list[mx.array] = []
@@ -274,33 +279,33 @@ class _Total:
     def state(self) -> list[mx.array]:
         return [array for array in (*(self.sums or ()), *self.groups[-1:]) if array is not None]
 
-    def add(self, block: Embedding, scaled: mx.array, start: int, condition: bool) -> None:
+    def add(self, block: Embedding, scaled: mx.array, start: int) -> None:
         """Take in a block of processed logits [rows, block], whose first token is `start`."""
         top = scaled.max(axis=-1, keepdims=True)
         tokens = scaled.argmax(axis=-1, keepdims=True) + start
         old = self.sums
         if old is None:
-            mass, moment, soft = self._block_sums(block, scaled, top, condition)
+            mass, moment, soft = self._block_sums(block, scaled, top)
             soft = None if soft is None else soft.astype(mx.float32)
         else:
             top, tokens, fall = _higher(old.top, old.tokens, top, tokens)
-            mass, moment, soft = self._block_sums(block, scaled, top, condition)
+            mass, moment, soft = self._block_sums(block, scaled, top)
             mass, moment = _joined_sums(mass, moment, old.mass, old.moment, fall)
             soft = None if soft is None or old.soft is None else _joined_soft(soft, old.soft, fall)
         self.sums = _Sums(top, tokens, mass, moment, soft)
 
     def _block_sums(
-        self, block: Embedding, scaled: mx.array, top: mx.array, condition: bool
+        self, block: Embedding, scaled: mx.array, top: mx.array
     ) -> tuple[mx.array, mx.array, mx.array | None]:
-        """One block's mass, moment and, to condition the next step, weighted embeddings; its groups are kept then."""
+        """One block's mass, moment and, to condition a next step, weighted embeddings."""
         weights, moments = _exponentials(scaled, top)
-        moment = moments.sum(-1, keepdims=True)
-        if not condition:
-            return weights.sum(-1, keepdims=True), moment, None
-        groups = _grouped(weights).sum(-1)
-        self.groups.append(groups)
-        self.group_tops.append(top)
-        return groups.sum(-1, keepdims=True), moment, expected_embedding(block, weights)
+        masses = weights
+        if self.draw:
+            masses = _grouped(weights).sum(-1)
+            self.groups.append(masses)
+            self.group_tops.append(top)
+        soft = expected_embedding(block, weights) if self.condition else None
+        return masses.sum(-1, keepdims=True), moments.sum(-1, keepdims=True), soft
 
     def group_masses(self, final_top: mx.array) -> mx.array:
         """Every group's mass [rows, groups], relative to the final maximum."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from contextlib import aclosing, suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ..events import Commit, Done, Result, Stats
 from ..generation.replying import collect
+from .fields import Piece, pieces_of
 from .refusals import Refusal, as_refusal
 from .work.engine import LOG, Engine
 from .work.waiting import Item, Job
@@ -123,12 +124,65 @@ def refused(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse(refusal.body(request.url.path), refusal.status, refusal.headers)
 
 
-def error_frame(request: Request, error: Exception, event: str | None = None) -> str:
+def error_frame(request: Request, error: Exception) -> str:
     """Say in a stream that has begun what went wrong; the log gets what no user should see."""
+    return data_frame(_noticed(error).body(request.url.path))
+
+
+def _noticed(error: Exception) -> Refusal:
     refusal = as_refusal(error)
     if refusal.status == 500:
         LOG.error("a request failed", exc_info=error)
-    return data_frame(refusal.body(request.url.path), event)
+    return refusal
+
+
+class EventWriter(Protocol):
+    """Writes a reply in the form of an interface, whose events, each with a `type`, tell of every addition to it."""
+
+    def start(self) -> Iterator[dict[str, Any]]: ...
+
+    def add(self, piece: Piece) -> Iterator[dict[str, Any]]: ...
+
+    def end(self, done: Done) -> Iterator[dict[str, Any]]: ...
+
+    def fail(self, refusal: Refusal) -> dict[str, Any]: ...
+
+
+async def write(request: Request, engine: Engine, job: Job, writer: EventWriter) -> None:
+    """Let `writer` write the reply of a submitted job. Raises what went wrong."""
+
+    async def written() -> None:
+        async for _ in _events(request, engine, job, writer):
+            pass
+
+    await whole(request, written())
+
+
+async def frames_of(request: Request, engine: Engine, job: Job, writer: EventWriter) -> AsyncGenerator[str, None]:
+    """The events of a reply as `writer` writes it, and the one that says what went wrong, as server-sent events."""
+    try:
+        async with aclosing(_events(request, engine, job, writer)) as events:
+            async for event in events:
+                yield data_frame(event, event["type"])
+    except Exception as error:
+        event = writer.fail(_noticed(error))
+        yield data_frame(event, event["type"])
+
+
+async def _events(
+    request: Request, engine: Engine, job: Job, writer: EventWriter
+) -> AsyncGenerator[dict[str, Any], None]:
+    for event in writer.start():
+        yield event
+    async with aclosing(items_of(request, engine, job)) as items:
+        async for item in items:
+            if isinstance(item, Commit):
+                for piece in pieces_of(item):
+                    for event in writer.add(piece):
+                        yield event
+            elif isinstance(item, Done):
+                for event in writer.end(item):
+                    yield event
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -36,6 +36,6 @@ def _conditioning(model: DiffusionGemma, batch: Batch, kept: list[tuple[mx.array
         return None
     still = [(mx.stop_gradient(keys), mx.stop_gradient(values)) for keys, values in kept]
     hidden = mx.stop_gradient(denoise(model, batch, still, None, checkpoint=False))
-    soft = model.read_vocabulary(hidden, 1.0, mx.random.key(0)).soft_embedding  # its draw is never computed
-    assert soft is not None  # a key was given
+    soft = model.read_vocabulary(hidden, 1.0, condition=True).soft_embedding
+    assert soft is not None
     return mx.stop_gradient(soft) * mx.array(coins)[:, None, None].astype(soft.dtype)

@@ -38,14 +38,7 @@ def score(
     longest = max(len(record.examples[-1].reply) for record in records)
     most = int(longest * MARGIN) + model.config.canvas_length
     prompts = [record.prompt for record in records]
-    results = generate_batch(
-        model,
-        processor,
-        prompts,
-        options=options,
-        max_tokens=int(most * MARGIN) + model.config.canvas_length,
-        seed=seed,
-    )
+    results = generate_batch(model, processor, prompts, options=options, max_tokens=most, seed=seed)
     right, steps, canvases = 0, 0, 0
     for result in results:
         right += is_as_expected(result, records[result.index].expected)

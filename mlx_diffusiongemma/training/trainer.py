@@ -141,6 +141,11 @@ class _Run:
         if not records:
             raise TrainingError("There is nothing to train on; give at least one conversation.")
         self.group = mx.distributed.init()
+        if self.group.size() > options.update_size:
+            raise TrainingError(
+                f"The {options.update_size} replies of an update are too few for {self.group.size()} machines; raise "
+                "grad_accumulation_steps."
+            )
         self.optimizer = _optimizer(options)
         self.progress = Progress()
         self.loss_and_gradient = nn.value_and_grad(model, self._loss)
@@ -149,7 +154,7 @@ class _Run:
         """Make the model trainable, and take up what an earlier run left."""
         prepare(self.model, self.options)
         if initial is not None:
-            use_arrays(self.model, initial)
+            use_arrays(self.model, self._parameters(), initial)
         self.optimizer.init(self.model.trainable_parameters())
         if resume:
             state = read_state(self.directory, self._settings())
@@ -180,7 +185,8 @@ class _Run:
             if done % options.steps_per_report == 0 or is_last:
                 now = time.perf_counter()
                 rate = _number(self.optimizer.learning_rate)
-                on_report(TrainReport(done, sums.mean(), rate, sums.updates, now - since, mx.get_peak_memory()))
+                losses = sums.mean(self.group)
+                on_report(TrainReport(done, losses, rate, sums.updates, now - since, mx.get_peak_memory()))
                 since, sums = now, _Sums()
             if self.valid and (done % options.steps_per_eval == 0 or is_last):
                 began = time.perf_counter()
@@ -210,6 +216,7 @@ class _Run:
         # Replies of like lengths share a batch, which is as long as its longest.
         own = sorted(drawn, key=lambda one: len(one[1].tokens))[self.group.rank() :: self.group.size()]
         losses: list[tuple[Losses, float]] = []
+        wrong: list[tuple[Record, Drawn]] = []
         gradients: Any = None
         for start in range(0, len(own), self.options.batch_size):
             part = own[start : start + self.options.batch_size]
@@ -220,13 +227,13 @@ class _Run:
             gradients = weighted if gradients is None else tree_map(mx.add, gradients, weighted)
             mx.eval(gradients, denoising, next_token)
             measured = Losses(_number(denoising), _number(next_token), sum(len(one.tokens) for _, one in part))
-            if not math.isfinite(measured.total):
-                raise TrainingError(f"The loss is not a number {_at(part)}; the adapter is as it was before.")
+            wrong += [] if math.isfinite(measured.total) else part
             losses.append((measured, share))
         gradients = nn.utils.average_gradients(gradients, self.group)
         gradients, norm = mlx.optimizers.clip_grad_norm(gradients, self.options.clip)
-        if not math.isfinite(_number(norm)):
-            raise TrainingError(f"The gradient is not a number {_at(drawn)}; the adapter is as it was before.")
+        if not math.isfinite(_number(norm)):  # which every machine sees
+            what = "loss" if wrong else "gradient"
+            raise TrainingError(f"The {what} is not a number {_at(wrong or drawn)}; the adapter is as it was before.")
         self.optimizer.update(self.model, gradients)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         return losses
@@ -287,8 +294,13 @@ class _Sums:
             self.share += share
             self.tokens += losses.tokens
 
-    def mean(self) -> Losses:
-        return Losses(self.denoising / self.share, self.next_token / self.share, self.tokens)
+    def mean(self, group: mx.distributed.Group | None = None) -> Losses:
+        """The mean over all batches; group: of all its machines, which ask at the same time."""
+        sums = [self.denoising, self.next_token, self.share, float(self.tokens)]
+        if group is not None and group.size() > 1:
+            sums = mx.distributed.all_sum(mx.array(sums), group=group).tolist()  # type: ignore[assignment]
+        denoising, next_token, share, tokens = sums
+        return Losses(denoising / share, next_token / share, round(tokens))
 
 
 def evaluate(

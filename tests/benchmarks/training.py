@@ -1,7 +1,9 @@
 """Fine-tuning measured: what a new task costs the old ones, and an example beside mlx-lm's.
 
     python tests/benchmarks/training.py lift [--iters 300]     a task that the demo checkpoint cannot do, by LoRA
-    python tests/benchmarks/training.py cost [--pairs 5]       seconds and peak memory of an example, three ways
+    python tests/benchmarks/training.py cost [--pairs 5]       seconds and peak memory of an example, four ways
+    python tests/benchmarks/training.py kills [--kills 10]     killed again and again and resumed: the same bytes?
+    python tests/benchmarks/training.py nothing [--iters 600]  from random weights, the shortest task
 
 `lift` trains a LoRA of rank 8 on the packaged checkpoint with 5 % of its own tasks mixed in, and measures both before
 and after. `cost` compares a gradient of our loss with one of `mlx_lm.lora`'s on gemma4_text of the same shapes, and
@@ -68,12 +70,20 @@ def main() -> None:
     lifting.add_argument("--iters", type=int, default=300)
     costing = verbs.add_parser("cost")
     costing.add_argument("--pairs", type=int, default=5)
+    killing = verbs.add_parser("kills")
+    killing.add_argument("--kills", type=int, default=10)
+    beginning = verbs.add_parser("nothing")
+    beginning.add_argument("--iters", type=int, default=600)
     given = parser.parse_args()
-    if given.verb == "lift":
-        with tempfile.TemporaryDirectory() as scratch:
+    if given.verb == "cost":
+        return cost(given.pairs)
+    with tempfile.TemporaryDirectory() as scratch:
+        if given.verb == "lift":
             lift(Path(scratch), given.iters)
-    else:
-        cost(given.pairs)
+        elif given.verb == "kills":
+            kills(Path(scratch), given.kills)
+        else:
+            from_nothing(Path(scratch), given.iters)
 
 
 def lift(scratch: Path, iters: int) -> None:
@@ -81,7 +91,6 @@ def lift(scratch: Path, iters: int) -> None:
     base, data, old = scratch / "base", scratch / "data", scratch / "old"
     convert_checkpoint(DEMO, base, bits=None, dtype="float32")
     subprocess.run([sys.executable, TASKS, old, "--train", "400", "--valid", "0", "--without", QUESTIONS], check=True)
-    data.mkdir()
     draw_word = random.Random(5)
     words = list(
         dict.fromkeys(
@@ -90,7 +99,7 @@ def lift(scratch: Path, iters: int) -> None:
     )
     for name, part in (("train", words[:2000]), ("valid", words[2000:2030]), ("test", words[2030:2130])):
         lines = [{"prompt": f"double {word}", "completion": "".join(2 * letter for letter in word)} for word in part]
-        (data / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_lines(data / f"{name}.jsonl", lines)
     measure("before", base, data, scratch, None)
     command = f"mlx-dg train --model {base} --data {data} --mix {old} --mix-share 0.05 --iters {iters} --batch-size 8"
     command += " --grad-accumulation-steps 2 --learning-rate 2e-3 --lora-keys all-linear --steps-per-eval 100"
@@ -100,6 +109,69 @@ def lift(scratch: Path, iters: int) -> None:
     subprocess.run([Path(sys.executable).parent / "mlx-dg", *command.split()[1:]], check=True)
     print(f"trained in {(time.monotonic() - began) / 60:.1f} minutes")
     measure("after", base, data, scratch, scratch / "adapters")
+
+
+def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def trained(*arguments: object) -> list[str]:
+    """The command `mlx-dg train` of this environment, with these arguments."""
+    return [str(Path(sys.executable).parent / "mlx-dg"), "train", *map(str, arguments)]
+
+
+def kills(scratch: Path, count: int) -> None:
+    """Kill a run at random moments, resume it each time, and compare its adapter with an undisturbed run's."""
+    base, data, draw_moment = scratch / "base", scratch / "data", random.Random(11)
+    convert_checkpoint(DEMO, base, bits=None, dtype="float32")
+    write_lines(data / "train.jsonl", [{"prompt": f"say {n}", "completion": str(n) * 2} for n in range(40)])
+    settings = ["--model", base, "--data", data, "--iters", 24, "--batch-size", 2, "--grad-accumulation-steps", 2]
+    settings += ["--save-every", 1, "--num-layers", 2, "--adapter-path"]
+    began = time.monotonic()
+    subprocess.run(trained(*settings, scratch / "whole"), check=True, capture_output=True)
+    length = time.monotonic() - began
+    killed, runs = 0, 0
+    while killed < count or runs == 0:
+        is_begun = (scratch / "cut" / "training.safetensors").exists()
+        command = trained(*settings, scratch / "cut", *["--resume"] * is_begun)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        runs += 1
+        try:
+            process.wait(timeout=draw_moment.uniform(0, 0.4 * length))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            killed += 1
+    subprocess.run(trained(*settings, scratch / "cut", "--resume"), check=True, capture_output=True)
+    whole, cut = ((scratch / name / "adapters.safetensors").read_bytes() for name in ("whole", "cut"))
+    print(f"killed {killed} times: the adapter is {'the same' if whole == cut else 'ANOTHER ONE'}, byte for byte")
+    if whole != cut:
+        raise SystemExit(1)
+
+
+def from_nothing(scratch: Path, iters: int) -> None:
+    """Train a model of the demo checkpoint's shape from random weights on one short task."""
+    base, data, draw_word = scratch / "base", scratch / "data", random.Random(5)
+    convert_checkpoint(DEMO, base, bits=None, dtype="float32")
+    file = base / "model.safetensors"
+    weights = {name: redrawn(name, array) for name, array in mx.load(str(file)).items()}
+    mx.save_safetensors(str(file), weights, {"format": "mlx"})
+    words = ["".join(draw_word.choices("abcd", k=3)) for _ in range(2000)]
+    lines = [{"prompt": word, "completion": word[::-1]} for word in words]
+    write_lines(data / "train.jsonl", lines[:1900])
+    write_lines(data / "valid.jsonl", lines[1900:])
+    settings = ["--model", base, "--data", data, "--iters", iters, "--batch-size", 16, "--grad-accumulation-steps", 1]
+    settings += ["--fine-tune-type", "full", "--learning-rate", 1e-3, "--steps-per-eval", 100, "--generate", 50]
+    subprocess.run(trained(*settings, "--adapter-path", scratch / "run"), check=True)
+
+
+def redrawn(name: str, array: mx.array) -> mx.array:
+    """Fresh weights of the same shape: what training begins with where nothing is known."""
+    if array.ndim == 1 or "vision" in name:
+        return mx.ones_like(array) if name.endswith(("norm.weight", "layer_scalar")) else array
+    size = 0.02 if "embed" in name else array.shape[-1] ** -0.5
+    return size * mx.random.normal(array.shape, key=mx.random.key(sum(map(ord, name))))
 
 
 def measure(name: str, base: Path, data: Path, scratch: Path, adapter: Path | None) -> None:

@@ -11,6 +11,7 @@ from unittest.mock import patch
 import jsonschema
 import pytest
 from random_schemas import random_schema
+from test_speculative import drafts_of
 
 from mlx_diffusiongemma import (
     Canvas,
@@ -27,7 +28,6 @@ from mlx_diffusiongemma import (
 from mlx_diffusiongemma.events import Commit, Done, Draft
 from mlx_diffusiongemma.generation.decoders import guided
 from mlx_diffusiongemma.generation.decoders.grammar import Guide
-from mlx_diffusiongemma.generation.decoders.plans import FixedPlan
 from mlx_diffusiongemma.options import DECODERS
 
 PERSON = {
@@ -43,11 +43,6 @@ QUESTION = "json name=bob age=12"
 @pytest.fixture(scope="module")
 def demo(demo_float32):
     return load(demo_float32)
-
-
-def drafting(length: int, steps: int):
-    """Within this, all drafts are of one shape."""
-    return patch.object(guided, "AdaptivePlan", lambda longest, most: FixedPlan(length, steps))
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -69,7 +64,7 @@ def test_drafts_change_nothing_but_the_cost(demo, shape, temperature):
         options = replace(LEFT_TO_RIGHT, seed=seed, temperature=temperature, max_tokens=50)
         expected = generate(*demo, QUESTION, schema=schema, options=options)
         for decoder in ("speculative", "diffusion"):
-            with drafting(*shape):
+            with drafts_of(*shape):
                 result = generate(*demo, QUESTION, schema=schema, options=replace(options, decoder=decoder))
             assert (result.tokens, result.finish_reason) == (expected.tokens, expected.finish_reason)
             assert result.stats.passes <= expected.stats.passes
@@ -89,7 +84,7 @@ def test_what_the_schema_fixes_costs_no_pass(demo):
 
 
 def test_the_canvas_drafts_the_whole_object(demo):
-    with drafting(64, 2):
+    with drafts_of(64, 2):
         events = list(stream(*demo, QUESTION, schema=PERSON, options=replace(GREEDY, decoder="diffusion")))
     drafts = [event for event in events if isinstance(event, Draft) and event.canvas == 1]
     text = "".join(event.text for event in events if isinstance(event, Commit))
@@ -112,7 +107,7 @@ def test_a_draft_that_is_right_is_read_in_one_pass(demo):
     def right(row, best, correct):
         return walk(row, [*row.known, *expected.tokens[len(row.writer.tokens) :], *best][: len(best)], correct)
 
-    with drafting(60, 1), patch.object(guided._Row, "walk", right):
+    with drafts_of(60, 1), patch.object(guided._Row, "walk", right):
         result = generate(model, processor, QUESTION, schema=PERSON, options=replace(GREEDY, decoder="speculative"))
     assert result.tokens == expected.tokens and result.stats.passes == 1 < expected.stats.passes
 
@@ -183,7 +178,7 @@ def test_a_repetition_penalty_and_a_kept_prefix(demo):
     expected = generate(*demo, QUESTION, schema=PERSON, options=options)
     cache = model.make_cache()
     for _ in range(2):
-        with drafting(30, 2):
+        with drafts_of(30, 2):
             found = generate(
                 *demo, QUESTION, schema=PERSON, options=replace(options, decoder="speculative"), cache=cache
             )
@@ -211,7 +206,7 @@ def test_cancelling_leaves_the_cache_usable(demo):
     for at in range(1, 7):
         cache, cancel = model.make_cache(), threading.Event()
         seen = []
-        with drafting(20, 2):
+        with drafts_of(20, 2):
             for event in stream(
                 *demo,
                 QUESTION,

@@ -13,7 +13,7 @@ from test_autoregressive import Processor, prompt_of
 
 from mlx_diffusiongemma import GenerationOptions, PromptError, generate, generate_batch, stream
 from mlx_diffusiongemma.events import Commit, Done, Draft
-from mlx_diffusiongemma.generation.decoders import speculative
+from mlx_diffusiongemma.generation.decoders import drafting, speculative
 from mlx_diffusiongemma.generation.decoders.plans import AdaptivePlan, FixedPlan
 from mlx_diffusiongemma.generation.decoders.speculative import Row, Speculative
 from mlx_diffusiongemma.generation.decoders.tokens import candidates, penalized
@@ -31,9 +31,9 @@ def model():
     return random_model(CONFIG, None)
 
 
-def drafting(length: int, steps: int):
+def drafts_of(length: int, steps: int):
     """Within this, all drafts are of one shape."""
-    return patch.object(speculative, "AdaptivePlan", lambda longest, most: FixedPlan(length, steps))
+    return patch.object(drafting, "AdaptivePlan", lambda longest, most: FixedPlan(length, steps))
 
 
 def left_to_right(model, prompt, options):
@@ -44,7 +44,7 @@ def left_to_right(model, prompt, options):
 @pytest.mark.parametrize("length", [1, TINY["sliding_window"] - 1, TINY["sliding_window"] + 1, 100])
 def test_at_temperature_0_the_text_is_the_greedy_one(model, shape, length):
     expected = left_to_right(model, prompt_of(length), GREEDY)
-    with drafting(*shape):
+    with drafts_of(*shape):
         result = generate(model, Processor(), prompt_of(length), options=GREEDY)
     assert result.tokens == expected.tokens and result.finish_reason == expected.finish_reason
     assert generate(model, Processor(), prompt_of(length), options=GREEDY).tokens == expected.tokens
@@ -54,7 +54,7 @@ def test_with_a_repetition_penalty_too(model):
     options = replace(GREEDY, repetition_penalty=1.5)
     for length in (2, 50):
         expected = left_to_right(model, prompt_of(length), options)
-        with drafting(6, 2):
+        with drafts_of(6, 2):
             assert generate(model, Processor(), prompt_of(length), options=options).tokens == expected.tokens
 
 
@@ -93,10 +93,7 @@ def pairs_expected(model, prompt, options) -> np.ndarray:
 
     def following(tokens: list[list[int]]) -> np.ndarray:
         logits = model.logits(model.encode(mx.array(tokens), model.make_cache())[:, -1:])[:, 0]
-        if settings.repetition_penalty != 1:
-            rows = zip(logits, tokens, strict=True)
-            logits = mx.concatenate([penalized(row[None], settings, mx.array(own)) for row, own in rows])
-        found = candidates(logits, settings)
+        found = candidates(penalized(logits, settings, mx.array(tokens)), settings)
         dense = np.zeros((len(tokens), size))
         np.put_along_axis(dense, np.array(found.ids), np.exp(np.array(found.log_probabilities)), axis=-1)
         return dense
@@ -146,7 +143,7 @@ def test_a_broken_rule_would_be_noticed(broad, wrong):
 
 
 def test_every_canvas_is_drafted_then_committed(model):
-    with drafting(8, 2):
+    with drafts_of(8, 2):
         events = list(stream(model, Processor(), prompt_of(20), options=SPECULATIVE))
     commits = [event for event in events if isinstance(event, Commit)]
     assert [commit.canvas for commit in commits] == list(range(len(commits)))
@@ -186,7 +183,7 @@ def test_a_kept_prefix_changes_nothing(model):
 def test_cancelling_stops_within_one_pass_and_leaves_the_cache_usable(model):
     for at in range(2, 9):
         cache, cancel = model.make_cache(), threading.Event()
-        with drafting(8, 3):
+        with drafts_of(8, 3):
             events = stream(model, Processor(), prompt_of(30), options=SPECULATIVE, cache=cache, cancel=cancel)
             seen = []
             for event in events:
@@ -208,7 +205,7 @@ def test_a_reply_ends_with_the_context():
 def test_end_tokens_and_stop_strings_end_a_reply(model):
     whole = left_to_right(model, prompt_of(20), GREEDY)
     end, stop = whole.tokens[5], whole.text[4:6]
-    with drafting(8, 1):
+    with drafts_of(8, 1):
         ended = generate(model, Processor(), prompt_of(20), options=replace(GREEDY, end_tokens=(end,)))
         stopped = generate(model, Processor(), prompt_of(20), options=replace(GREEDY, stop=(stop,)))
     assert ended.tokens == whole.tokens[: whole.tokens.index(end)] and ended.finish_reason == "stop"

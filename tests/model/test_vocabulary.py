@@ -194,6 +194,16 @@ def test_without_a_key_nothing_is_drawn():
     np.testing.assert_allclose(read.entropy, drawn.entropy, rtol=0, atol=1e-6)
 
 
+def test_a_draw_and_a_soft_embedding_come_without_each_other():
+    embedding, hidden = random_embedding(200, 32), mx.random.normal((1, 8, 32), key=mx.random.key(2))
+    both = vocabulary.read(embedding, hidden, CAP, TEMPERATURE, mx.random.key(0))
+    drawn = vocabulary.read(embedding, hidden, CAP, TEMPERATURE, mx.random.key(0), condition=False)
+    soft = vocabulary.read(embedding, hidden, CAP, TEMPERATURE, None, condition=True)
+    assert drawn.soft_embedding is None and soft.sample is None
+    assert np.array_equal(drawn.sample, both.sample)
+    np.testing.assert_allclose(soft.soft_embedding, both.soft_embedding, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("bits", [None, 8], ids=["plain", "8-bit"])
 def test_the_logits_never_exist(bits):
     """At the true vocabulary a canvas's float32 logits are 268 MB, and the usual steps hold five such arrays."""

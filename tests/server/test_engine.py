@@ -166,15 +166,22 @@ def test_while_the_model_loads_there_is_no_service(demo_float32):
         assert server.http.get("/health").status_code == 200
 
 
-def test_what_went_wrong_inside_is_not_told(server, monkeypatch):
+def test_what_went_wrong_inside_is_logged_and_not_told(server, monkeypatch, caplog):
     def fail(prompt):
         raise RuntimeError("secret")
 
     monkeypatch.setattr(server.engine.loaded.prefixes, "take", fail)
     reply = server.post(CHAT, messages=user("x"))
     assert reply.status_code == 500 and "secret" not in reply.text
-    streamed = server.post(CHAT, messages=user("x"), stream=True)
-    assert '"error"' in streamed.text and "secret" not in streamed.text and "[DONE]" not in streamed.text
+    for path, body in (
+        (CHAT, {"messages": user("x")}),
+        ("/v1/messages", {"messages": user("x"), "max_tokens": 4}),
+        ("/v1/responses", {"input": "x"}),
+    ):
+        caplog.clear()
+        streamed = server.post(path, **body, stream=True)
+        assert '"error"' in streamed.text and "secret" not in streamed.text and "[DONE]" not in streamed.text
+        assert "secret" in caplog.text
 
 
 def test_figures_are_told(server):

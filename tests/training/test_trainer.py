@@ -9,6 +9,8 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
@@ -138,6 +140,37 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(demo_float32, data, t
     assert digest(tmp_path / "cut") == digest(tmp_path / "whole")
 
 
+def test_two_machines_learn_what_one_does(demo_float32, data, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    arguments = [demo_float32, data, tmp_path / "two", __file__.rpartition("/")[0], "new"]
+    launched = Path(sys.executable).parent / "mlx.launch"
+    command = [launched, "-n", "2", "--backend", "ring", "--", sys.executable, script, *arguments]
+    subprocess.run([str(part) for part in command], check=True, capture_output=True, timeout=240)
+    alone = [sys.executable, script, *arguments[:2], tmp_path / "one", *arguments[3:]]
+    subprocess.run([str(part) for part in alone], check=True, capture_output=True, timeout=240)
+    one, two = (mx.load(str(tmp_path / name / "adapters.safetensors")) for name in ("one", "two"))
+    assert any(mx.abs(array).max() > 1e-3 for name, array in two.items() if name.endswith("lora_b"))
+    for name, array in one.items():
+        assert mx.abs(array - two[name]).max() <= 1e-4 * mx.abs(array).max() + 1e-6, name
+
+
+def test_a_full_disk_says_so_and_leaves_what_was_saved(demo_float32, data, tmp_path, monkeypatch):
+    options = replace(OPTIONS, val_batches=0)
+    learn(demo_float32, data, tmp_path, replace(options, iters=1))
+    kept = (tmp_path / "training.safetensors").read_bytes()
+
+    def full(*arguments) -> None:
+        raise RuntimeError("[write] Unable to write 4096 bytes to file: No space left on device")
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    with pytest.raises(TrainingError, match=r"training.safetensors cannot be written .*; make room and resume"):
+        learn(demo_float32, data, tmp_path, replace(options, iters=2), resume=True)
+    assert (tmp_path / "training.safetensors").read_bytes() == kept
+    names = ["adapter_config.json", "adapters.safetensors", "training.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
 def test_patience_ends_a_run_that_gets_no_better(demo_float32, data, tmp_path):
     options = replace(OPTIONS, iters=50, learning_rate=0.5, warmup=0, steps_per_eval=1, patience=2, save_every=100)
     reports, result = learn(demo_float32, data, tmp_path, options)
@@ -193,12 +226,23 @@ def test_options_that_make_no_sense_are_refused():
             TrainingOptions(**settings)
 
 
+def test_more_machines_than_replies_of_an_update_are_refused(demo_float32, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(mx.distributed, "init", lambda: SimpleNamespace(size=lambda: 5, rank=lambda: 4))
+    model, processor = load(demo_float32)
+    with pytest.raises(TrainingError, match="The 4 replies of an update are too few for 5 machines"):
+        train(model, processor, read_records(data, processor, 256), OPTIONS, adapter_path=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_whole_models_are_trained_unless_they_are_quantized(demo_float32, demo_4bit, data, tmp_path):
     options = replace(OPTIONS, iters=1, adapter=AdapterConfig("full"))
     learn(demo_float32, data, tmp_path / "full", options)
     saved = mx.load(str(tmp_path / "full" / "adapters.safetensors"))
-    model, _ = load(demo_float32)
+    model, processor = load(demo_float32)
     parameters = dict(tree_flatten(model.parameters()))
+    records = read_records(data, processor, 256)
+    further = train(model, processor, records, options, adapter_path=tmp_path / "further", initial=saved)
+    assert further.iterations == 1
     assert saved.keys() == parameters.keys()
     assert not mx.array_equal(saved["model.decoder.norm.weight"], parameters["model.decoder.norm.weight"])
     with pytest.raises(TrainingError, match="A quantized model cannot be trained in full"):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ...errors import PromptError
+from ...options import OF_MODES
 from ..common import chosen_mode, number, whole
 from .decoding import OF_OTHER_SAMPLERS, chosen_decoder
 
@@ -32,8 +33,6 @@ OPTIONS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "stop": ("stop", lambda text: (text,)),
 }
 NAMES = ("decoder", "mode", *OPTIONS, "heat", "canvas")
-# What `/set mode` sets: all that any mode does.
-OF_MODES = ("max_steps", "stability", "confidence", "active_rows")
 SWITCHES = {"on": True, "off": False}
 UNSET = "default"
 

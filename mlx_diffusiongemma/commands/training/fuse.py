@@ -32,7 +32,8 @@ def fuse(
     source = announced_model(model, yes=yes)
     report = fuse_adapter(source, adapter or "adapters", out, dequantize=dequantize)
     remember(report.out, notice)
-    say(f"{report.modules} linear layers merged; rounding took away {report.lost:.1%} of their change.")
+    if report.modules:  # and not whole weights
+        say(f"{report.modules} linear layers merged; rounding took away {report.lost:.1%} of their change.")
     if report.lost > NOTICEABLE:
         notice("the fused model is not quite what was trained; --adapter keeps all of it, and so does --dequantize.")
     typer.echo(report.out)

@@ -8,16 +8,13 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from ...events import Event
-from ...model.cache import CacheRows
-from ..prefix import split_off_end
-from .tokens import REMEMBERED, choose_tokens, penalized, token_keys
+from ...model.cache import CacheRows, together
+from .tokens import REMEMBERED, TOKEN, choose_tokens, penalized, token_keys
 
 if TYPE_CHECKING:
     from ...model.diffusion_gemma import DiffusionGemma
     from ...options import Settings
     from ..writer import Writer
-
-TOKEN = 0  # what a key is for
 
 
 class Autoregressive:
@@ -33,14 +30,10 @@ class Autoregressive:
         self._tokens = mx.zeros((0,), mx.int32)  # that the rows go on with, [B]; under way
 
     def add(self, writer: Writer) -> Iterator[Event]:
-        tokens = writer.request.prompt.tokens
-        place, images = split_off_end(self.model, writer.request.prompt)
-        yield from writer.read_prompt(place)
-        if writer.finish_reason:
-            return
-        row = _Row(writer, mx.array(tokens[-REMEMBERED:]))
-        hidden = self.model.encode(mx.array([tokens[place:]]), writer.cache, images)
-        self._take_part([row], self._chosen([row], hidden[:, -1:]))
+        hidden = yield from writer.read_whole_prompt()
+        if hidden is not None:
+            row = _Row(writer)
+            self._take_part([row], self._chosen([row], hidden))
 
     def drop(self, leaving: Sequence[Writer]) -> None:
         staying = [number for number, row in enumerate(self._rows) if row.writer not in leaving]
@@ -84,34 +77,30 @@ class Autoregressive:
 
     def _following(self, rows: list[_Row], tokens: mx.array) -> mx.array:
         """The tokens [B] that follow `tokens` [B], which the caches take in."""
-        caches = [row.writer.cache for row in rows]
-        cache = caches[0] if len(caches) == 1 else CacheRows(caches)
+        cache = together([row.writer.cache for row in rows])
         return self._chosen(rows, self.model.encode_lazily(tokens[:, None], cache), tokens)
 
     def _chosen(self, rows: list[_Row], hidden: mx.array, tokens: mx.array | None = None) -> mx.array:
         """The tokens [B] that follow what `hidden` [B, 1, H] is of: the prompts, or `tokens` [B]."""
-        logits = self.model.logits(hidden)[:, 0]
-        if self.options.repetition_penalty != 1:
-            for number, row in enumerate(rows):
-                if tokens is not None:
-                    row.before = mx.concatenate([row.before[1 - REMEMBERED :], tokens[number : number + 1]])
-            logits = mx.concatenate(
-                [penalized(logits[number : number + 1], self.options, row.before) for number, row in enumerate(rows)]
-            )
+        under_way = mx.zeros((len(rows), 0), mx.int32) if tokens is None else tokens[:, None]
+        before = (
+            mx.concatenate([mx.array(row.writer.last_tokens(REMEMBERED - len(own))), own])
+            for row, own in zip(rows, under_way, strict=True)
+        )
+        logits = penalized(self.model.logits(hidden)[:, 0], self.options, before)
         seeds = [row.writer.options.seed for row in rows]
         places = [row.place + (tokens is not None) for row in rows]
         return choose_tokens(logits, self.options, token_keys(seeds, places, TOKEN))
 
 
 class _Row:
-    """One reply: `place` is that of the token under way, `before` the last tokens [n] before it, for the penalty."""
+    """One reply: `place` is that of the token under way."""
 
-    def __init__(self, writer: Writer, before: mx.array) -> None:
-        self.writer, self.before = writer, before
+    def __init__(self, writer: Writer) -> None:
+        self.writer = writer
         self.place = 0
 
     @property
     def is_last(self) -> bool:
         """Whether no token can follow the one under way."""
-        limit = self.writer.model.config.text.max_position_embeddings
-        return self.writer.room <= 1 or self.writer.cache.offset + 1 >= limit
+        return self.writer.room <= 1 or self.writer.context <= 1

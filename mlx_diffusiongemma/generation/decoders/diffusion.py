@@ -87,7 +87,7 @@ class _Reply:
         """Take in a step of the canvas at hand."""
         self.tokens, self.steps = step.tokens, step.number
         max_steps = self.writer.options.max_steps
-        return draft_of(self.writer, self.number, step.number, max_steps, step.tokens, step.accepted, step.entropy)
+        return draft_of(self.writer, step.number, max_steps, step.tokens, step.accepted, step.entropy)
 
     def retries(self) -> bool:
         """Whether the canvas at hand is to be denoised once more: it would end the reply before its first token."""
@@ -103,20 +103,13 @@ class _Reply:
     def commit(self) -> Event:
         """Take the canvas in."""
         writer, steps = self.writer, self.wasted + self.steps
-        length, limit = writer.options.canvas_length, writer.model.config.text.max_position_embeddings
         self.committed = True
         writer.count(steps=steps)
-        return writer.take(self.tokens, steps=steps, last=writer.cache.offset + 2 * length > limit)
+        return writer.take(self.tokens, steps=steps, last=writer.context < 2 * writer.options.canvas_length)
 
 
 def draft_of(
-    writer: Writer,
-    canvas: int,
-    step: int,
-    max_steps: int,
-    tokens: list[int],
-    accepted: list[bool],
-    entropy: list[float],
+    writer: Writer, step: int, max_steps: int, tokens: list[int], accepted: list[bool], entropy: list[float]
 ) -> Draft:
     """A step of a reply's canvas, as an event: what the reply would gain if these tokens were committed now."""
     before_end, _ = cut_at_end(tokens, writer.options.end_tokens)
@@ -125,7 +118,7 @@ def draft_of(
     parts = merge([part for own in by_token for part in own])
     pieces = ["".join(text for _, text in own) for own in by_token]
     return Draft(
-        canvas=canvas,
+        canvas=writer.commits,
         step=step,
         max_steps=max_steps,
         tokens=tokens,

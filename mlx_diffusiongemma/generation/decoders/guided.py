@@ -16,77 +16,40 @@ import mlx.core as mx
 import numpy as np
 
 from ...events import Event
-from ...model.cache import Cache, CacheRows
 from .. import sampling
-from ..prefix import split_off_end
-from ..sampling import Draws
 from ..writer import cut_at_end
-from .diffusion import draft_of
+from .drafting import POSITIONS, Drafting, Round, Row, Shown
 from .grammar import Guide, allows, masked
-from .plans import AdaptivePlan, FixedPlan, Plan
-from .speculative import MOST_STEPS, POSITIONS
-from .tokens import REMEMBERED, choose_tokens, penalized, token_keys
+from .plans import FixedPlan, Plan
+from .tokens import REMEMBERED, TOKEN, choose_tokens, penalized, token_keys
 
 if TYPE_CHECKING:
     from ...model.diffusion_gemma import DiffusionGemma
     from ...options import Settings
     from ..writer import Writer
 
-TOKEN = 0  # what a key is for
 CORRECTED = 8  # drafted tokens of a step that may be replaced by the likeliest one that the grammar allows: a read each
 
 
-class Guided:
-    """Replies that follow grammars, together where what they do next has one shape.
-
-    plan: makes what says how long a reply's next draft is and how many steps it takes. None: no drafts for the
-    autoregressive decoder, else an `AdaptivePlan`.
-    """
+class Guided(Drafting["_Row"]):
+    """Replies that follow grammars. plan: as for `Drafting`, but None is no drafts for the autoregressive decoder."""
 
     def __init__(self, model: DiffusionGemma, options: Settings, plan: Plan | None = None) -> None:
-        self.model, self.options = model, options
-        adaptive = AdaptivePlan(options.canvas_length, min(options.max_steps, MOST_STEPS))
-        self.plan = plan or (FixedPlan(1, 0) if options.decoder == "autoregressive" else adaptive)
-        self._starting: list[tuple[_Row, list[int]]] = []  # each with its first token, if that is chosen
-        self._rounds: list[_Round] = []
+        undrafted = FixedPlan(1, 0) if options.decoder == "autoregressive" else None
+        super().__init__(model, options, plan or undrafted)
 
     def add(self, writer: Writer) -> Iterator[Event]:
-        tokens = writer.request.prompt.tokens
-        end, images = split_off_end(self.model, writer.request.prompt)
-        yield from writer.read_prompt(end)
-        if writer.finish_reason:
+        hidden = yield from writer.read_whole_prompt()
+        if hidden is None:
             return
-        hidden = self.model.encode(mx.array([tokens[end:]]), writer.cache, images)
         row = _Row(writer, self.plan.start())
-        fixed = row.guide.fork().forced()
-        place = _Place(row, [], _Choice(-1, None, None))
-        first = [] if fixed else _choose(self.model, self.options, hidden[:, -1], [place])
-        self._starting.append((row, first))
+        if not row.guide.fork().forced():
+            place = _Place(row, [], _Choice(-1, None, None))
+            row.first = _choose(self.model, self.options, hidden[:, 0], [place])
+        self.start([row])
 
-    def drop(self, leaving: Sequence[Writer]) -> None:
-        self._starting = [(row, first) for row, first in self._starting if row.writer not in leaving]
-        for group in self._rounds:
-            group.drop(leaving)
-        self._rounds = [group for group in self._rounds if group.rows]
-
-    def step(self) -> Iterator[tuple[Writer, Event]]:
-        starting, self._starting = self._starting, []
-        for row, first in starting:
-            yield from ((row.writer, event) for event in row.advance(first))
-        self._group([row for row, _ in starting])
-        for group in self._rounds:
-            yield from group.step()
-        ended = [group for group in self._rounds if group.is_read]
-        self._rounds = [group for group in self._rounds if not group.is_read]
-        self._group([row for group in ended for row in group.rows])
-
-    def _group(self, rows: Sequence[_Row]) -> None:
-        """Begin the next rounds of the replies that go on: those of one length and number of steps together."""
-        by_shape: dict[tuple[int, int], list[_Row]] = {}
-        for row in rows:
-            if not row.writer.finish_reason:
-                by_shape.setdefault(row.next_shape(), []).append(row)
-        self._rounds += [_Round(self.model, self.options, own, *shape) for shape, own in by_shape.items()]
+    def _round(self, rows: list[_Row], length: int, steps: int) -> _Round:
+        return _Round(self.model, self.options, rows, length, steps)
 
 
 class _Choice(NamedTuple):
@@ -111,21 +74,21 @@ class _Path(NamedTuple):
     fixed: list[int]
 
 
-class _Row:
+class _Row(Row):
     """One reply: where it is in its grammar, its `known` tokens that the cache does not hold yet, and a plan."""
 
     def __init__(self, writer: Writer, plan: Plan) -> None:
+        super().__init__(writer, plan)
         assert writer.request.grammar is not None
-        self.writer, self.plan = writer, plan
         self.guide = Guide(writer.request.grammar.matcher())
         self.known: list[int] = []
-        self.round = 0  # of drafting and reading, counted from 1
-        self._shown: _Shown | None = None  # of the draft at hand, after its last step
+        self.first: list[int] = []  # the reply's first token, where the grammar leaves a choice
 
-    def advance(self, tokens: list[int], steps: int = 0) -> list[Event]:
-        """Take in tokens that became certain, and what the grammar adds to them. steps: the denoising steps behind
-        them; the draft at hand, if there is one, is shown once more, as it is now.
-        """
+    def begin(self) -> list[Event]:
+        return self._advance(self.first)
+
+    def _advance(self, tokens: list[int], steps: int = 0) -> list[Event]:
+        """Take in tokens that became certain after so many denoising steps, and what the grammar adds to them."""
         writer, ends = self.writer, self.writer.options.end_tokens
         text, ended = cut_at_end(tokens, ends)
         self.guide.take(text)
@@ -137,21 +100,12 @@ class _Row:
         left = limit - len(writer.request.prompt.tokens) - len(writer.tokens)
         last = len(text) > left or (len(text) == left and not ended)
         given = text[:left] if last else text + list(ends[:1]) * ended
-        events: list[Event] = []
-        if self._shown:
-            rest = self._shown.tokens[len(given) :]
-            accepted = [True] * len(given) + [False] * len(rest)
-            entropy = [*self._shown.entropy, *[0.0] * len(given)][: len(accepted)]
-            events.append(draft_of(writer, self.round, steps + 1, steps + 1, [*given, *rest], accepted, entropy))
-        self.round, self._shown = self.round + 1, None
-        return [*events, writer.take(given, steps=steps, last=last)]
+        return self._take(given, steps, last=last)
 
     def next_shape(self) -> tuple[int, int]:
-        """The tokens of the next draft, the known ones before them included, and its steps: 0 where there is none."""
         length, steps = self.plan.shape()
-        known, config = len(self.known), self.writer.model.config
-        context = config.text.max_position_embeddings - self.writer.cache.offset
-        length = min(known + min(length - 1, self.writer.room), config.canvas_length, context)
+        known, longest = len(self.known), self.writer.model.config.canvas_length
+        length = min(known + min(length - 1, self.writer.room), longest, self.writer.context)
         return (length, steps) if steps and length > known else (known, 0)
 
     def walk(self, best: list[int], correct: Callable[[int, np.ndarray], int]) -> _Path:
@@ -191,10 +145,6 @@ class _Row:
         """The known tokens, and the choice of the one after them."""
         return _Path(self.known, [_Choice(len(self.known) - 1, None, None)], [])
 
-    def draft(self, shown: _Shown) -> Event:
-        self._shown = shown
-        return draft_of(self.writer, self.round, *shown)
-
     def take(self, path: _Path, chosen: list[int], read: int, steps: int) -> list[Event]:
         """Take in what a pass over `read` tokens chose at the path's places, up to where it is not what was drafted."""
         drafted = [choice.drafted for choice in path.choices if choice.drafted is not None]
@@ -208,88 +158,44 @@ class _Row:
         cache.labels += path.tokens[:held]
         self.plan.learn(len(drafted), kept)
         self.writer.count(steps=steps or None, passes=1)
-        return self.advance([*path.tokens[known:held], chosen[last]], steps)
+        return self._advance([*path.tokens[known:held], chosen[last]], steps)
 
 
-class _Shown(NamedTuple):
-    """A draft as a step leaves it, without the known tokens that it begins with."""
-
-    step: int
-    max_steps: int
-    tokens: list[int]
-    accepted: list[bool]
-    entropy: list[float]
-
-
-class _Round:
-    """Some replies' next passes of one shape: a draft of `length` tokens, denoised for `steps` steps, and the causal
-    pass that reads it; or, without steps, the pass alone.
-    """
+class _Round(Round[_Row]):
+    """A round of some replies, whose draft follows their grammars."""
 
     def __init__(self, model: DiffusionGemma, options: Settings, rows: list[_Row], length: int, steps: int) -> None:
-        self.model, self.options, self.rows = model, options, rows
-        self.length, self.steps = length, steps
-        self.is_read = False
-        self._taken = 0  # steps
+        super().__init__(model, options, rows, length, steps)
         self._paths = [row.undrafted() for row in rows]
         self._canvas = self._soft = mx.zeros((0,))
         if steps:
             self._canvas = self._pinned(self._noise(0))
 
-    def drop(self, leaving: Sequence[Writer]) -> None:
-        staying = [number for number, row in enumerate(self.rows) if row.writer not in leaving]
-        if len(staying) == len(self.rows):
-            return
-        for row in self.rows:
-            row.writer.cache.release()
-        self.rows, self._paths = [self.rows[n] for n in staying], [self._paths[n] for n in staying]
-        if self.rows and self.steps:
+    def _keep(self, staying: list[int]) -> None:
+        self._paths = [self._paths[number] for number in staying]
+        if self.steps:
             self._canvas = self._canvas[mx.array(staying)]
             self._soft = self._soft[mx.array(staying)] if self._taken else self._soft
 
-    def step(self) -> Iterator[tuple[Writer, Event]]:
-        """Compute the next pass, and give each row's events."""
-        if self._taken < self.steps:
-            shown = self._denoised()
-            yield from [(row.writer, row.draft(own)) for row, own in zip(self.rows, shown, strict=True)]
-            return
-        # All rows' caches first: whoever reads an event may stop there. What stops this leaves them empty.
-        with CacheRows([row.writer.cache for row in self.rows]).writing():
-            chosen, read = self._read()
-            rows = zip(self.rows, self._paths, chosen, strict=True)
-            events = [row.take(path, own, read, self.steps) for row, path, own in rows]
-        self.is_read = True
-        for row, found in zip(self.rows, events, strict=True):
-            yield from ((row.writer, event) for event in found)
-
-    @property
-    def _cache(self) -> Cache | CacheRows:
-        caches = [row.writer.cache for row in self.rows]
-        return caches[0] if len(caches) == 1 else CacheRows(caches)
-
-    def _denoised(self) -> list[_Shown]:
-        """Take a step of the diffusion decoder's, on a schedule of this many, and pin what the grammar fixes."""
-        options, number, cache = self.options, self._taken + 1, self._cache
-        hidden = self.model.denoise(self._canvas, cache, self._soft if self._taken else None)
-        temperature = sampling.temperature(number, self.steps, options.t_min, options.t_max)
-        reading = self.model.read_vocabulary(hidden, temperature, self._keys(number, sampling.SAMPLE))
-        assert reading.sample is not None and reading.soft_embedding is not None
-        accepted = sampling.accept(reading.entropy, options.entropy_bound)
-        cache.settle()
-        mx.eval(hidden, reading.tokens, accepted, reading.entropy, reading.sample, reading.soft_embedding)
+    def _denoised(self) -> list[Shown]:
+        """Take a step, and pin what the grammar fixes."""
+        number = self._taken + 1
+        hidden, reading = self._reading(self._canvas, self._soft)
+        accepted = sampling.accept(reading.entropy, self.options.entropy_bound)
+        self._cache.settle()
+        mx.eval(hidden, reading.tokens, accepted, reading.entropy, reading.soft_embedding)
         best: list[list[int]] = np.array(reading.tokens).tolist()
         self._paths = [
             row.walk(own, self._corrector(hidden[n])) for n, (row, own) in enumerate(zip(self.rows, best, strict=True))
         ]
-        self._canvas = self._pinned(mx.where(accepted, reading.sample, self._noise(number)))
-        self._soft = mx.where(
-            mx.array(self._pins() >= 0)[..., None], self.model.embed(self._canvas), reading.soft_embedding
-        )
-        mx.eval(self._canvas, self._soft)
-        self._taken += 1
+        if reading.sample is not None and reading.soft_embedding is not None:
+            self._canvas = self._pinned(mx.where(accepted, reading.sample, self._noise(number)))
+            is_pinned = mx.array(self._pins() >= 0)[..., None]
+            self._soft = mx.where(is_pinned, self.model.embed(self._canvas), reading.soft_embedding)
+            mx.eval(self._canvas, self._soft)
         columns = zip(self.rows, self._paths, best, np.array(accepted), np.array(reading.entropy), strict=True)
         return [
-            _Shown(
+            Shown(
                 number,
                 self.steps + 1,
                 [*path.tokens, *own[len(path.tokens) :]][len(row.known) : self.length],
@@ -307,7 +213,12 @@ class _Round:
 
         return correct
 
-    def _read(self) -> tuple[list[list[int]], int]:
+    def _read(self) -> list[list[Event]]:
+        chosen, read = self._chosen()
+        rows = zip(self.rows, self._paths, chosen, strict=True)
+        return [row.take(path, own, read, self.steps) for row, path, own in rows]
+
+    def _chosen(self) -> tuple[list[list[int]], int]:
         """What a causal pass chooses at every place of each row's path, and how many tokens the pass read."""
         ends = [path.choices[-1].after + 1 for path in self._paths]
         read = max(ends)
@@ -338,13 +249,6 @@ class _Round:
             own[path.fixed] = [path.tokens[place] for place in path.fixed]
         return pins
 
-    def _keys(self, step: int, purpose: int) -> mx.array:
-        draws = [Draws(row.writer.options.seed, 0, row.round) for row in self.rows]
-        return sampling.draw_keys(draws, [step] * len(draws), purpose)
-
-    def _noise(self, step: int) -> mx.array:
-        return sampling.noise(self._keys(step, sampling.NOISE), self.length, self.model.config.text.vocab_size)
-
 
 class _Place(NamedTuple):
     """A choice of a row, behind the tokens that a pass reads."""
@@ -373,10 +277,7 @@ def _choose(model: DiffusionGemma, options: Settings, hidden: mx.array, places: 
     found: list[int] = []
     for start in range(0, len(places), POSITIONS):
         part = slice(start, start + POSITIONS)
-        logits = model.logits(hidden[None, part])[0]
-        if options.repetition_penalty != 1:
-            windows = (mx.array(place.before) for place in places[part])
-            rows = zip(logits, windows, strict=True)
-            logits = mx.concatenate([penalized(row[None], options, before) for row, before in rows])
+        windows = (mx.array(place.before) for place in places[part])
+        logits = penalized(model.logits(hidden[None, part])[0], options, windows)
         found += np.array(choose_tokens(masked(logits, masks[part]), options, keys[part])).tolist()
     return found

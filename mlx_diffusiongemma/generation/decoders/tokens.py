@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
@@ -14,6 +14,7 @@ from mlx_lm.sample_utils import make_logits_processors
 if TYPE_CHECKING:
     from ...options import Settings
 
+TOKEN, KEPT, REPLACED = 0, 1, 2  # what a key is for: to choose a token, to keep a drafted one or to replace it
 REMEMBERED = 20  # tokens that a repetition penalty looks back at: mlx-lm's own number
 CHUNK = 256  # of the vocabulary: the best of it are looked for among the chunks with the highest maxima
 
@@ -82,11 +83,14 @@ def choose_tokens(logits: mx.array, options: Settings, keys: mx.array) -> mx.arr
     return candidates(logits, options).draw(keys)
 
 
-def penalized(logits: mx.array, options: Settings, before: mx.array) -> mx.array:
-    """Logits [1, V] after the repetition penalty for the tokens `before` them [n], which may be lazy."""
-    for process in make_logits_processors(repetition_penalty=options.repetition_penalty):
-        logits = process(before[-REMEMBERED:], logits)
-    return logits
+def penalized(logits: mx.array, options: Settings, before: Iterable[mx.array]) -> mx.array:
+    """Logits [N, V] after the repetition penalty, if there is one, for the tokens `before` each of them, the last
+    REMEMBERED at most, which may be lazy.
+    """
+    if options.repetition_penalty == 1:
+        return logits
+    [process] = make_logits_processors(repetition_penalty=options.repetition_penalty)
+    return mx.concatenate([process(own, row[None]) for row, own in zip(logits, before, strict=True)])
 
 
 def token_keys(seeds: Sequence[int], places: Sequence[int], purpose: int) -> mx.array:

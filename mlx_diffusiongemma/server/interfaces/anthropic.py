@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
+from collections.abc import Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
-from ...events import Commit, Done, Stats, ToolCall
+from ...events import Done, Stats, ToolCall
 from ...processing.processor import Prompt
-from ..answering import EventStream, data_frame, error_frame, items_of, whole
-from ..fields import Piece, SamplingFields, caller_of, chosen_tool, pieces_of, schema_of
+from ..answering import EventStream, data_frame, frames_of, write
+from ..fields import Piece, SamplingFields, caller_of, chosen_tool, schema_of
+from ..refusals import MESSAGES, Refusal
 from ..service import Form, Service
-from ..work.waiting import Job
 from .anthropic_messages import chat_messages, function_schemas
 
 PING = data_frame({"type": "ping"}, "ping")  # comments are not enough for its clients
@@ -75,8 +74,8 @@ def routes(service: Service) -> APIRouter:
         job = await service.reply(prompt, options, caller_of(request), form=form)
         message = MessageWriter(service.name, len(prompt.tokens))
         if body.stream:
-            return EventStream(_frames(request, service, job, message), PING)
-        await whole(request, _write(request, service, job, message))
+            return EventStream(frames_of(request, service.engine, job, message), PING)
+        await write(request, service.engine, job, message)
         return JSONResponse(message.content)
 
     @router.post("/v1/messages/count_tokens")
@@ -92,35 +91,6 @@ async def _prompt(service: Service, body: CountBody) -> Prompt:
     tools = [] if body.choice == "none" else function_schemas(body.tools or [])
     thinking = (body.thinking or {}).get("type", "disabled") != "disabled"
     return await service.chat_prompt(chat_messages(body.system, body.messages), tools, thinking)
-
-
-async def _write(request: Request, service: Service, job: Job, message: MessageWriter) -> None:
-    async for _ in _events(request, service, job, message):
-        pass
-
-
-async def _frames(request: Request, service: Service, job: Job, message: MessageWriter) -> AsyncGenerator[str, None]:
-    try:
-        async with aclosing(_events(request, service, job, message)) as events:
-            async for event in events:
-                yield data_frame(event, event["type"])
-    except Exception as error:
-        yield error_frame(request, error, "error")
-
-
-async def _events(
-    request: Request, service: Service, job: Job, message: MessageWriter
-) -> AsyncGenerator[dict[str, Any], None]:
-    yield message.start()
-    async with aclosing(items_of(request, service.engine, job)) as items:
-        async for item in items:
-            if isinstance(item, Commit):
-                for piece in pieces_of(item):
-                    for event in message.add(piece):
-                        yield event
-            elif isinstance(item, Done):
-                for event in message.end(item):
-                    yield event
 
 
 class MessageWriter:
@@ -142,8 +112,8 @@ class MessageWriter:
             "usage": {"input_tokens": prompt_tokens, "output_tokens": 0},
         }
 
-    def start(self) -> dict[str, Any]:
-        return {"type": "message_start", "message": {**self.content, "content": []}}
+    def start(self) -> Iterator[dict[str, Any]]:
+        yield {"type": "message_start", "message": {**self.content, "content": []}}
 
     def add(self, piece: Piece) -> Iterator[dict[str, Any]]:
         """Add a piece of the reply."""
@@ -176,6 +146,10 @@ class MessageWriter:
             "usage": self.content["usage"],
         }
         yield {"type": "message_stop"}
+
+    def fail(self, refusal: Refusal) -> dict[str, Any]:
+        """Say what went wrong."""
+        return refusal.body(MESSAGES)
 
     def _begin(self, block: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if self.blocks:

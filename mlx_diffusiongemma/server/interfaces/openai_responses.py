@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from ...errors import PromptError
-from ...events import Commit, Done
-from ..answering import EventStream, data_frame, items_of, whole
-from ..fields import SamplingFields, caller_of, chosen_tool, is_thinking, pieces_of, schema_of
-from ..refusals import as_refusal
+from ..answering import EventStream, frames_of, write
+from ..fields import SamplingFields, caller_of, chosen_tool, is_thinking, schema_of
 from ..service import Form, Service
-from ..work.waiting import Job
 from .responses_input import chat_messages, function_schemas
 from .responses_output import ResponseWriter
 
@@ -67,8 +62,8 @@ def routes(service: Service) -> APIRouter:
         }
         writer = ResponseWriter(echoed, service.engine.loaded.processor)
         if body.stream:
-            return EventStream(_frames(request, service, job, writer))
-        await whole(request, _write(request, service, job, writer))
+            return EventStream(frames_of(request, service.engine, job, writer))
+        await write(request, service.engine, job, writer)
         return JSONResponse(writer.response)
 
     return router
@@ -82,34 +77,3 @@ def _check(body: ResponsesBody) -> None:
     ):
         if value:
             raise PromptError(f"`{name}` cannot be honoured: nothing is stored here; send the whole conversation.")
-
-
-async def _write(request: Request, service: Service, job: Job, writer: ResponseWriter) -> None:
-    async for _ in _events(request, service, job, writer):
-        pass
-
-
-async def _frames(request: Request, service: Service, job: Job, writer: ResponseWriter) -> AsyncGenerator[str, None]:
-    try:
-        async with aclosing(_events(request, service, job, writer)) as events:
-            async for event in events:
-                yield data_frame(event, event["type"])
-    except Exception as error:
-        event = writer.fail(as_refusal(error))
-        yield data_frame(event, event["type"])
-
-
-async def _events(
-    request: Request, service: Service, job: Job, writer: ResponseWriter
-) -> AsyncGenerator[dict[str, Any], None]:
-    for event in writer.start():
-        yield event
-    async with aclosing(items_of(request, service.engine, job)) as items:
-        async for item in items:
-            if isinstance(item, Commit):
-                for piece in pieces_of(item):
-                    for event in writer.add(piece):
-                        yield event
-            elif isinstance(item, Done):
-                for event in writer.end(item):
-                    yield event
