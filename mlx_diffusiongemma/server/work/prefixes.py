@@ -69,11 +69,11 @@ class PrefixPool:
 
     def keep(self, cache: Cache, prompt: Prompt) -> None:
         """Keep what a request has read, and drop the least recently used beyond the budget."""
-        if cache.offset:
-            self._add(_Kept(cache, len(prompt.tokens)))
+        self._add(_Kept(cache, len(prompt.tokens)))
 
     def _add(self, kept: _Kept) -> None:
-        self._kept.append(kept)
+        if kept.cache.offset:
+            self._kept.append(kept)
         while self._kept and (self.nbytes > self.most_bytes or len(self._kept) > MOST):
             self._kept.pop(0)
 
