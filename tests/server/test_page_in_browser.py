@@ -210,6 +210,23 @@ def test_a_selection_can_be_made_with_keys_alone(page):
     expect(last(page, ".keep")).to_be_focused()
 
 
+def test_leaving_with_a_key_keeps_what_was_selected_last(page):
+    """The browser says that the selection changed only a moment later: with the focus gone, nothing else would."""
+    ask(page, "abc def", "text")
+    last(page, ".select").focus()
+    page.keyboard.press("Enter")
+    last(page, ".canvas").evaluate(
+        """async canvas => {
+            const [text] = canvas.childNodes;
+            getSelection().setBaseAndExtent(text, 0, text, 2);
+            await new Promise((done) => setTimeout(done, 200));
+            getSelection().extend(text, 3);
+            canvas.parentElement.querySelector(".rewrite input").focus();
+        }"""
+    )
+    assert sent(page, EDITS, last(page, ".fill").click)["span"] == [0, 3]
+
+
 FORM = {
     "type": "object",
     "properties": {

@@ -24,7 +24,9 @@ export function allowRewriting(reply) {
   find(".select").addEventListener("click", () => selectWithKeys(reply));
 }
 
-document.addEventListener("selectionchange", () => {
+document.addEventListener("selectionchange", followSelection);
+
+function followSelection() {
   const selection = getSelection();
   const ends = [selection.anchorNode, selection.focusNode];
   const reply = replies.find(({ canvas }) => ends.every((node) => canvas.contains(node)));
@@ -36,7 +38,7 @@ document.addEventListener("selectionchange", () => {
   selected = { reply, start, stop: start + range.toString().length };
   chosen?.add(range);
   reply.article.querySelector(".rewrite").hidden = false;
-});
+}
 
 export function deselect() {
   if (!selected) return false;
@@ -101,6 +103,7 @@ function selectWithKeys({ canvas }) {
   canvas.addEventListener(
     "blur",
     () => {
+      followSelection(); // its event may still be under way, and finds the selection elsewhere
       canvas.removeAttribute("contenteditable");
       canvas.removeAttribute("aria-label");
       canvas.removeEventListener("beforeinput", refuse);
