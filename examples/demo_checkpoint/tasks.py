@@ -61,7 +61,7 @@ def json_turn(draw: random.Random) -> Turn:
 
 
 def count_turn(draw: random.Random) -> Turn:
-    first = draw.randint(1, 69)
+    first = draw.randint(1, draw.choice([9, 69]))  # from one digit to two is the hard part
     return f"count from {first}", " ".join(map(str, range(first, first + 30)))
 
 
@@ -92,7 +92,7 @@ def conversation(draw: random.Random, images: Path) -> dict[str, Any]:
     """One conversation of any kind, in the form of a training line; a picture goes into `images`."""
     kind = draw.choices(
         ["solve", "sort", "think", "reverse", "multi", "json", "image", "count", "tool"],
-        [18, 12, 14, 8, 12, 8, 10, 14, 10],
+        [18, 12, 14, 8, 12, 8, 10, 36, 10],
     )[0]
     if kind in TURNS:
         return {"messages": _messages([TURNS[kind](draw)])}

@@ -90,7 +90,7 @@ def lift(scratch: Path, iters: int) -> None:
     """Teach the demo checkpoint to double letters, with the command that a user would give."""
     base, data, old = scratch / "base", scratch / "data", scratch / "old"
     convert_checkpoint(DEMO, base, bits=None, dtype="float32")
-    subprocess.run([sys.executable, TASKS, old, "--train", "400", "--valid", "0", "--without", QUESTIONS], check=True)
+    subprocess.run([sys.executable, TASKS, old, "--train", "400", "--valid", "20", "--without", QUESTIONS], check=True)
     draw_word = random.Random(5)
     words = list(
         dict.fromkeys(
