@@ -104,6 +104,7 @@ class GapFiller:
         self.rivals: list[tuple[list[list[int]], float]] = []  # on the last canvas: what fills its gaps, its surprise
         self.steps: list[int] = []  # of each canvas
         self.best: Try | None = None  # of the canvas at work, or the last one
+        self.drafted: Draft | None = None  # the last one reported
         self.stats = Stats(prompt_tokens=len(request.prompt.tokens))
         self.spans = sum(not isinstance(piece, str) for piece in pieces)
         self._check_room()
@@ -355,23 +356,26 @@ class GapFiller:
         return texts
 
     def _draft(self, window: Window, best: Try) -> None:
-        """Report a step of a canvas, or one that was not denoised, from where its text is not certain yet."""
+        """Report a step of a canvas, or one that was not denoised, from where its text is not certain yet; the same
+        draft once only.
+        """
         looks, lead, step = self._as_it_looks(window, best), len(window.lead), best.step
         tokens, layout = looks.tokens, looks.layout
         accepted = [True] * len(tokens) if step is None else step.accepted
         settled = [a or pinned for a, pinned in zip(accepted, layout.canvas.pinned, strict=True)]
         pieces = self.processor.token_texts(tokens[lead : layout.end])
-        self.report(
-            Draft(
-                canvas=len(self.steps) - 1,
-                step=1 if step is None else step.number,
-                max_steps=self.options.max_steps,
-                tokens=tokens[lead:],
-                accepted=settled[lead:],
-                entropy=looks.entropy[lead:],
-                text="".join(pieces),
-                parts=[("text", "".join(pieces))],
-                pieces=pieces + [""] * (len(tokens) - layout.end),
-                holes=[(start - lead, stop - lead) for start, stop in layout.gaps],
-            )
+        draft = Draft(
+            canvas=len(self.steps) - 1,
+            step=1 if step is None else step.number,
+            max_steps=self.options.max_steps,
+            tokens=tokens[lead:],
+            accepted=settled[lead:],
+            entropy=looks.entropy[lead:],
+            text="".join(pieces),
+            parts=[("text", "".join(pieces))],
+            pieces=pieces + [""] * (len(tokens) - layout.end),
+            holes=[(start - lead, stop - lead) for start, stop in layout.gaps],
         )
+        if draft != self.drafted:
+            self.drafted = draft
+            self.report(draft)
