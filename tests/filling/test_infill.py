@@ -162,7 +162,7 @@ def test_a_draft_is_what_the_hole_starts_from(demo):
     assert result.holes == ["defg"] and result.stats.steps == [2]
 
 
-@pytest.mark.parametrize("text", ["é\r\n\t<|turn>日本", "\u2028 \x00\x0b<eos><FILL>", "a  b \n\n"])
+@pytest.mark.parametrize("text", ["é\r\n\t<|turn>日本", "\u2028 \x00\x0b<eos><FILL>", "a  b \n\n", "\n    }\n  )]\n"])
 def test_text_outside_holes_comes_back_byte_for_byte(demo, text):
     for instruction in (None, "say something"):
         parts = [text, Hole(2), text, Hole(1), text]

@@ -89,6 +89,7 @@ def test_commits_join_to_the_text_and_drafts_begin_with_them(demo, name):
     last = None
     for event in events:
         if isinstance(event, Draft):
+            assert event != last  # nothing is shown twice
             last = event
             assert len(event.tokens) == len(event.accepted) == len(event.entropy) == len(event.pieces)
             assert "".join(event.pieces) == event.text
