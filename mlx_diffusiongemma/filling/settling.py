@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from ..model.diffusion_gemma import DiffusionGemma
     from ..options import Settings
 
-DECIDED = 10.0  # nats between the best places and their rivals, from which on they count as known
-OPEN_STEPS = 6  # after which rivals are denoised beside the best
+DECIDED = 20.0  # nats between the best places and their rivals, from which on they count as known
+CLOSE = 10.0  # nats: the same once the canvas has settled, or has had OPEN_STEPS
+OPEN_STEPS = 12  # after which rivals are denoised beside the best: a canvas settles about so fast, from left to right
 REFUTED = 6.0  # nats by which another token was likelier, from which on a canvas that saw it begins anew
 ROWS = 3  # the best and its rivals, where the caller asks for no more
 
@@ -146,7 +147,8 @@ class Settling:
 
     def _rows(self, ranked: list[Ranked], late: bool) -> list[tuple[tuple[Place, ...], Ranked]]:
         """The places to go on with: those that all close rivals agree on; late, those of each rival."""
-        close = [each for each in ranked if ranked[0].evidence - each.evidence < DECIDED]  # the best among them
+        margin = CLOSE if late else DECIDED
+        close = [each for each in ranked if ranked[0].evidence - each.evidence < margin]  # the best among them
         rivals = [each for each in (close if self.tries is None else ranked) if not self._goes_on(each.places)]
         is_open = late and (not close or self._goes_on(close[0].places))
         wanted = ROWS if self.tries is None else self.tries
