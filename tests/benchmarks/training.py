@@ -1,6 +1,6 @@
 """Fine-tuning measured: what a new task costs the old ones, and an example beside mlx-lm's.
 
-    python tests/benchmarks/training.py lift [--iters 300]     a task that the demo checkpoint cannot do, by LoRA
+    python tests/benchmarks/training.py lift [--iters 800]     a task that the demo checkpoint cannot do, by LoRA
     python tests/benchmarks/training.py cost [--pairs 5]       seconds and peak memory of an example, four ways
     python tests/benchmarks/training.py kills [--kills 10]     killed again and again and resumed: the same bytes?
     python tests/benchmarks/training.py nothing [--iters 600]  from random weights, the shortest task
@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     lifting = verbs.add_parser("lift")
-    lifting.add_argument("--iters", type=int, default=300)
+    lifting.add_argument("--iters", type=int, default=800)
     costing = verbs.add_parser("cost")
     costing.add_argument("--pairs", type=int, default=5)
     killing = verbs.add_parser("kills")
@@ -102,7 +102,7 @@ def lift(scratch: Path, iters: int) -> None:
         write_lines(data / f"{name}.jsonl", lines)
     measure("before", base, data, scratch, None)
     command = f"mlx-dg train --model {base} --data {data} --mix {old} --mix-share 0.05 --iters {iters} --batch-size 8"
-    command += " --grad-accumulation-steps 2 --learning-rate 2e-3 --lora-keys all-linear --steps-per-eval 100"
+    command += " --grad-accumulation-steps 2 --learning-rate 2e-3 --lora-keys all-linear --steps-per-eval 200"
     command += f" --generate 30 --adapter-path {scratch / 'adapters'}"
     print(command)
     began = time.monotonic()
