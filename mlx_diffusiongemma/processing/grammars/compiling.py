@@ -7,15 +7,15 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PromptError
-from .call_grammar import call_grammar
+from ...errors import PromptError
+from .calls import call_grammar
 from .schemas import prepared_schema
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-    from .processor import Prompt
-    from .tokenizer import Tokenizer
+    from ..processor import Prompt
+    from ..tokenizer import Tokenizer
 
 KEPT = 16  # compiled grammars: those that were asked for last
 

@@ -6,14 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import PromptError
+from ...errors import PromptError
+from ..tools import QUOTE
 from .schemas import ANNOTATIONS
-from .tools import QUOTE
+from .strings import STRING_LIMITS, UNMARKED, string_terminal
 
 # What a schema may say of a value of each type. Numbers are written as in JSON, and so are their limits honoured.
 NUMERIC = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 HONOURED = {
-    "string": {"enum", "const", "minLength", "maxLength"},
+    "string": {"enum", "const", *STRING_LIMITS},
     "integer": {"enum", "const", *NUMERIC},
     "number": {"enum", "const", *NUMERIC},
     "boolean": {"enum", "const"},
@@ -22,7 +23,6 @@ HONOURED = {
     "object": {"properties", "required", "additionalProperties"},
 }
 ALWAYS = {*ANNOTATIONS, "type", "nullable", "$defs", "definitions"}
-ANY_TEXT = r"/([^<]|<+[^<|])*/"  # no marker that is spelled in letters
 BARE_KEY = r'/[^{}\[\],":<\s][^{}\[\],":<]*/'
 
 
@@ -69,6 +69,7 @@ class _Rules:
         if not isinstance(schema, Mapping):
             raise PromptError(f"`{path}` must be a JSON schema, not {schema!r}.")
         if "$ref" in schema:
+            self._check(schema, {"$ref"}, path)
             return self._referred(schema["$ref"], path)
         for name in ("anyOf", "oneOf"):
             if name in schema:
@@ -76,29 +77,24 @@ class _Rules:
                 return self._either([self._value(item, f"{path}.{name}") for item in schema[name]])
         kinds = schema.get("type")
         kinds = [*kinds] if isinstance(kinds, list) else [kinds] if kinds else _kinds_of(schema)
-        if schema.get("nullable") and "null" not in kinds:
-            kinds.append("null")
         kinds = [str(kind).lower() for kind in kinds]
-        if not kinds:
-            self._check(schema, set(), path)
-            return self._anything()
         honoured = set().union(*(HONOURED.get(kind, set()) for kind in kinds))
         self._check(schema, honoured, path)
+        if not kinds:
+            return self._anything()
+        if schema.keys() & {"enum", "const"}:
+            chosen = _kinds_of(schema)
+            kinds = [kind for kind in kinds if kind in chosen or (kind == "number" and "integer" in chosen)]
+        if schema.get("nullable") and "null" not in kinds:
+            kinds.append("null")
         return self._either([self._typed(kind, schema, path) for kind in kinds])
 
     def _typed(self, kind: str, schema: Mapping[str, Any], path: str) -> str:
         choices = schema.get("enum", [schema["const"]] if "const" in schema else None)
         match kind:
-            case "string" if choices is not None:
-                texts = [choice for choice in choices if isinstance(choice, str)]
-                if any("<|" in text for text in texts):
-                    raise PromptError(f"A choice of `{path}` has `<|` in it, which only markers have; rename it.")
-                return self._either([f"{self._quote} {_text(text)} {self._quote}" for text in texts])
-            case "string" if "minLength" in schema or "maxLength" in schema:
-                most = schema.get("maxLength", "")
-                return self._rule(f"{self._quote} /[^<]{{{schema.get('minLength', 0)},{most}}}/ {self._quote}")
             case "string":
-                return self._rule(f"{self._quote} {ANY_TEXT} {self._quote}")
+                texts = None if choices is None else _texts(choices, path)
+                return self._rule(f"{self._quote} {self._terminal(string_terminal(schema, texts, path))} {self._quote}")
             case "integer" | "number" | "boolean" | "null":
                 kept = {name: value for name, value in schema.items() if name in HONOURED[kind]}
                 return self._rule("%json " + json.dumps({**kept, "type": kind}))
@@ -157,7 +153,7 @@ class _Rules:
     def _anything(self) -> str:
         if self._any is None:
             self._any = name = self._new_name()
-            text = self._rule(f"{self._quote} {ANY_TEXT} {self._quote}")
+            text = self._rule(f"{self._quote} /{UNMARKED}/ {self._quote}")
             plain = [self._rule("%json " + json.dumps({"type": kind})) for kind in ("number", "boolean", "null")]
             array = self._rule(f'"[" ({name} ("," {name})*)? "]"')
             self.lines.append(f"{name}: {' | '.join([text, *plain, array, self._mapping()])}")
@@ -177,6 +173,12 @@ class _Rules:
         self.lines.append(f"{name}: {body}")
         return name
 
+    def _terminal(self, body: str) -> str:
+        """A rule for a single piece of text, where Lark can ask for several things at once."""
+        self._count += 1
+        self.lines.append(f"TEXT{self._count}: {body}")
+        return f"TEXT{self._count}"
+
     def _new_name(self) -> str:
         self._count += 1
         return f"r{self._count}"
@@ -185,6 +187,14 @@ class _Rules:
         for name in schema:
             if name not in honoured and name not in ALWAYS:
                 raise PromptError(f"The keyword `{name}` of `{path}` cannot be honoured in a call; leave it out.")
+
+
+def _texts(choices: Sequence[Any], path: str) -> list[str]:
+    """The choices that are text. Raises PromptError for one that a call cannot have."""
+    texts = [choice for choice in choices if isinstance(choice, str)]
+    if any("<|" in text for text in texts):
+        raise PromptError(f"A choice of `{path}` has `<|` in it, which only markers have; rename it.")
+    return texts
 
 
 def _text(text: str) -> str:
