@@ -6,11 +6,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from ..checkpoints.accounting import batch_bytes
+from ..checkpoints.accounting import batch_bytes, cache_bytes
 from ..checkpoints.memory import usable_bytes
 from ..errors import PromptError
 from ..events import Commit, Done, Event, Result
@@ -76,9 +77,15 @@ def _results(
     item = model.dtype.size
     most = model.config.text.max_position_embeddings
 
+    @cache
+    def kept(context: int) -> int:
+        return cache_bytes(model.config, context, item)
+
     def fits(together: Sequence[Request]) -> bool:
+        if len(together) > rows:
+            return False
         contexts = [min(len(request.prompt.tokens) + options.max_tokens, most) for request in together]
-        return len(together) <= rows and batch_bytes(model.config, contexts, item) <= room
+        return batch_bytes(model.config, [kept(context) for context in contexts], max(contexts), item) <= room
 
     replies: dict[int, list[Event]] = {}
     with closing(reply(model, processor, requests, options, fits)) as events:
