@@ -34,6 +34,7 @@ def generate_batch(
     *,
     schema: Any = None,
     grammar: str | None = None,
+    tool_choice: str | None = None,
     options: GenerationOptions | None = None,
     max_tokens: int | None = None,
     seed: int | None = None,
@@ -42,7 +43,8 @@ def generate_batch(
 ) -> Iterator[Result]:
     """Reply to several prompts of any lengths, and give each result as soon as it is there.
 
-    schema, grammar: what every reply has to be like; see `stream`.
+    schema, grammar, tool_choice: what every reply has to be like; see `stream`. A prompt's tools are those that
+    `processor.prompt` made it with.
     `Result.index` is the place of its prompt, `Result.seed` the seed with which `generate` gives the same text. rows:
     most replies that are denoised together; fewer where memory does not allow as many. A prompt waits until a reply
     ends; pictures that it names by their paths have to stay till then. Setting `cancel`, or closing the iterator, stops
@@ -54,14 +56,14 @@ def generate_batch(
         raise PromptError("The batch has no prompt; give at least one.")
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise PromptError(f"rows is {rows!r}; give a whole number of at least 1.")
-    settings = request_options(model, options, max_tokens, seed, in_grammar=schema is not None or grammar is not None)
+    asked = {"schema": schema, "grammar": grammar, "tool_choice": tool_choice}
+    in_grammar = any(given is not None for given in asked.values())
+    settings = request_options(model, options, max_tokens, seed, in_grammar=in_grammar)
     prompts = list(prompts)  # which the caller may change meanwhile
 
     def make(index: int) -> Request:
         own = replace(settings, seed=seed_of_row(settings.seed, index))
-        return make_request(
-            model, processor, prompts[index], schema=schema, grammar=grammar, options=own, cancel=cancel
-        )
+        return make_request(model, processor, prompts[index], **asked, options=own, cancel=cancel)
 
     # All are checked before the first is answered; those with images, which are large, are then made again in turn.
     checked = [None if request.prompt.images else request for request in map(make, range(len(prompts)))]
