@@ -207,6 +207,13 @@ def test_a_grammar_is_compiled_once(demo):
         processor.grammar(processor.prompt(text), model.options.end_tokens, schema=PERSON) for text in ("a", "b")
     )
     assert first is second
+    prompts = [processor.prompt("a", tools=tools) for tools in ([FIND], [FIND], [get_weather, FIND])]
+    made = [processor.grammar(prompt, model.options.end_tokens, tool_choice="find") for prompt in prompts]
+    assert made[0] is made[1] is not made[2]
+    endless: dict = {"items": {}}
+    endless["items"] = endless
+    with pytest.raises(PromptError, match="cannot be written as JSON"):
+        processor.grammar(processor.prompt("a"), model.options.end_tokens, schema=endless)
 
 
 def test_sessions_and_async_code_take_schemas(demo):

@@ -32,10 +32,11 @@ def string_terminal(schema: Mapping[str, Any], choices: Sequence[str] | None, pa
     expressions, lengths = _expressions(schema, path), _lengths(schema, path)
     if choices is None:
         expressions["type"] = UNMARKED
-    among = {} if choices is None else {"enum": list(choices)}
-    limits = [{"pattern": _anchored(expression)} for expression in expressions.values()]
-    if _fault({**among, **lengths, "allOf": limits}):
-        raise PromptError(f"`{path}` asks of a text what none in a call can be; ask less of it.")
+    if schema.keys() & STRING_LIMITS:
+        among = {} if choices is None else {"enum": list(choices)}
+        limits = [{"pattern": _anchored(expression)} for expression in expressions.values()]
+        if _fault({**among, **lengths, "allOf": limits}):
+            raise PromptError(f"`{path}` asks of a text what none in a call can be; ask less of it.")
     if lengths:
         expressions["length"] = f"(?s:.{{{lengths.get('minLength', 0)},{lengths.get('maxLength', '')}}})"
     parts = [f"/{regex_to_lark(f'(?:{expression})', 'dw')}/" for expression in expressions.values()]
