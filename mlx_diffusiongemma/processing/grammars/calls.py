@@ -63,7 +63,10 @@ class _Rules:
 
     def arguments(self, parameters: Mapping[str, Any], name: str) -> str:
         self._root, self._named = parameters, {}
-        return self._object(parameters, f"{name}.parameters") if parameters.get("properties") else '"{" "}"'
+        others = parameters.get("additionalProperties")
+        if parameters.get("properties") or parameters.get("required") or isinstance(others, Mapping):
+            return self._object(parameters, f"{name}.parameters")
+        return '"{" "}"'
 
     def _value(self, schema: Any, path: str) -> str:
         if not isinstance(schema, Mapping):
@@ -101,7 +104,7 @@ class _Rules:
             case "array":
                 return self._array(schema, path)
             case "object":
-                return self._object(schema, path) if schema.get("properties") else self._mapping()
+                return self._object(schema, path)
         raise PromptError(f"The type {kind!r} of `{path}` is none of JSON's.")
 
     def _array(self, schema: Mapping[str, Any], path: str) -> str:
@@ -115,12 +118,15 @@ class _Rules:
     def _object(self, schema: Mapping[str, Any], path: str) -> str:
         """An object's properties, sorted as chat templates write them, those that are not required or not there."""
         self._check(schema, HONOURED["object"], path)
-        if schema.get("additionalProperties") not in (None, False):
-            raise PromptError(f"The keyword `additionalProperties` of `{path}` cannot be honoured in a call.")
-        properties = sorted(schema["properties"].items(), key=lambda entry: (entry[0].lower(), entry[0]))
+        listed, others = schema.get("properties") or {}, schema.get("additionalProperties")
         required = set(schema.get("required") or ())
-        if not required <= schema["properties"].keys():
+        if not required <= listed.keys():
             raise PromptError(f"`{path}.required` names properties that are not listed; list them.")
+        if not listed:
+            return self._mapping(others, path)
+        if isinstance(others, Mapping) and others:
+            raise PromptError(f"The keyword `additionalProperties` of `{path}` cannot be honoured in a call.")
+        properties = sorted(listed.items(), key=lambda entry: (entry[0].lower(), entry[0]))
         first, later = '""', '""'  # what follows where no property is written yet, and where one is
         for name, own in reversed(properties):
             written = f"{self._key(name)} {self._value(own, f'{path}.{name}')}"
@@ -156,11 +162,15 @@ class _Rules:
             text = self._rule(f"{self._quote} /{UNMARKED}/ {self._quote}")
             plain = [self._rule("%json " + json.dumps({"type": kind})) for kind in ("number", "boolean", "null")]
             array = self._rule(f'"[" ({name} ("," {name})*)? "]"')
-            self.lines.append(f"{name}: {' | '.join([text, *plain, array, self._mapping()])}")
+            self.lines.append(f"{name}: {' | '.join([text, *plain, array, self._mapping({}, '')])}")
         return self._any
 
-    def _mapping(self) -> str:
-        item = f'{BARE_KEY} ":" {self._anything()}'
+    def _mapping(self, values: Any, path: str) -> str:
+        """An object with properties of any names. values: the schema of theirs; None and True are any."""
+        if values is False:
+            return self._rule('"{" "}"')
+        values = {} if values in (None, True) else values
+        item = f'{BARE_KEY} ":" {self._value(values, f"{path}.additionalProperties")}'
         return self._rule(f'"{{" ({item} ("," {item})*)? "}}"')
 
     def _either(self, rules: list[str]) -> str:
