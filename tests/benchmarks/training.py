@@ -1,6 +1,6 @@
 """Fine-tuning measured: what a new task costs the old ones, and an example beside mlx-lm's.
 
-    python tests/benchmarks/training.py lift [--iters 300]     a task that the demo checkpoint cannot do, by LoRA
+    python tests/benchmarks/training.py lift [--iters 1200]    a task that the demo checkpoint cannot do, by LoRA
     python tests/benchmarks/training.py cost [--pairs 5]       seconds and peak memory of an example, four ways
     python tests/benchmarks/training.py kills [--kills 10]     killed again and again and resumed: the same bytes?
     python tests/benchmarks/training.py nothing [--iters 600]  from random weights, the shortest task
@@ -67,7 +67,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     lifting = verbs.add_parser("lift")
-    lifting.add_argument("--iters", type=int, default=300)
+    lifting.add_argument("--iters", type=int, default=1200)
+    lifting.add_argument("--base", type=Path, default=DEMO)
     costing = verbs.add_parser("cost")
     costing.add_argument("--pairs", type=int, default=5)
     killing = verbs.add_parser("kills")
@@ -79,30 +80,30 @@ def main() -> None:
         return cost(given.pairs)
     with tempfile.TemporaryDirectory() as scratch:
         if given.verb == "lift":
-            lift(Path(scratch), given.iters)
+            lift(Path(scratch), given.base, given.iters)
         elif given.verb == "kills":
             kills(Path(scratch), given.kills)
         else:
             from_nothing(Path(scratch), given.iters)
 
 
-def lift(scratch: Path, iters: int) -> None:
-    """Teach the demo checkpoint to double letters, with the command that a user would give."""
+def lift(scratch: Path, checkpoint: Path, iters: int) -> None:
+    """Teach a checkpoint to double letters, with the command that a user would give."""
     base, data, old = scratch / "base", scratch / "data", scratch / "old"
-    convert_checkpoint(DEMO, base, bits=None, dtype="float32")
-    subprocess.run([sys.executable, TASKS, old, "--train", "400", "--valid", "20", "--without", QUESTIONS], check=True)
+    convert_checkpoint(checkpoint, base, bits=None, dtype="float32")
+    subprocess.run([sys.executable, TASKS, old, "--train", "1500", "--valid", "20", "--without", QUESTIONS], check=True)
     draw_word = random.Random(5)
     words = list(
         dict.fromkeys(
-            "".join(draw_word.choices("abcdefghijklmnopqrstuvwxyz", k=draw_word.randint(3, 10))) for _ in range(2300)
+            "".join(draw_word.choices("abcdefghijklmnopqrstuvwxyz", k=draw_word.randint(3, 10))) for _ in range(20300)
         )
     )
-    for name, part in (("train", words[:2000]), ("valid", words[2000:2030]), ("test", words[2030:2130])):
+    for name, part in (("test", words[:100]), ("valid", words[100:130]), ("train", words[130:])):
         lines = [{"prompt": f"double {word}", "completion": "".join(2 * letter for letter in word)} for word in part]
         write_lines(data / f"{name}.jsonl", lines)
     measure("before", base, data, scratch, None)
     command = f"mlx-dg train --model {base} --data {data} --mix {old} --mix-share 0.05 --iters {iters} --batch-size 8"
-    command += " --grad-accumulation-steps 2 --learning-rate 2e-3 --lora-keys all-linear --steps-per-eval 100"
+    command += " --grad-accumulation-steps 2 --learning-rate 1e-3 --steps-per-eval 200"
     command += f" --generate 30 --adapter-path {scratch / 'adapters'}"
     print(command)
     began = time.monotonic()

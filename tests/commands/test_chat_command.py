@@ -71,12 +71,12 @@ def test_piped_a_line_is_a_turn(demo_float32, tmp_path):
 
 def test_piped_errors_are_one_sentence_and_the_chat_goes_on(demo_float32, tmp_path):
     (tmp_path / "damaged").write_bytes(b"nothing")
-    lines = ["/nope", "/image /nowhere.png", "/image", f"/load {tmp_path}/damaged", "/undo", "/help"]
+    lines = ["/nope", "/image /nowhere.png", "/image", f"/load {tmp_path}/damaged", "/undo", "/undo 2", "/help"]
     lines += [f"/save {tmp_path}/damaged/x", "/save a\0b", f"/load {'x' * 300}", "/image data:,x", "sort 53142"]
     done = piped(lines, demo_float32)
     assert (done.returncode, done.stdout) == (1, "12345\n")
     wrong = [line for line in done.stderr.splitlines() if line.startswith("mlx-dg: ") and " are kept in " not in line]
-    assert len(wrong) == 9 and "Traceback" not in done.stderr
+    assert len(wrong) == 10 and "Traceback" not in done.stderr
     assert "/image PATH" in done.stderr
 
 

@@ -66,6 +66,7 @@ WITH_EDITOR = "\nTab completes commands and paths; Esc Enter begins a new line."
 WITHOUT_EDITOR = "\npip install prompt_toolkit adds completion, and messages of several lines."
 LEAVE = ("/bye", "/quit", "/exit")
 TAKE_PATHS = ("image", "video", "schema", "save", "load")
+TAKE_NOTHING = ("help", "think", "undo", "reset")
 
 
 def chat(
@@ -119,7 +120,7 @@ def chat(
     )
     form = None if schema is None else read_schema(schema)
     last = read(find("")) if go_on else None
-    source = named_model(model or (last.model if last else None))
+    source = named_model(last.model if last and model is None else model)
     loaded, processor = load_model(source, yes=yes, adapter=adapter)
     session = ChatSession(loaded, processor, system, list(functions.values()), thinking, options)
     keeper = Keeper(session, source, notice)
@@ -199,6 +200,8 @@ class _Chat:
         name, _, rest = line[1:].partition(" ")
         if name not in self.commands:
             raise PromptError(f"There is no command /{name}; /help lists them, and // begins a message with a slash.")
+        if name in TAKE_NOTHING and rest.strip():
+            raise PromptError(f"/{name} takes nothing after it; write /{name} alone.")
         self.commands[name](rest.strip())
 
     def _image(self, path: str) -> None:
