@@ -76,16 +76,15 @@ def step_bytes(config: ModelConfig, context: int, item: int = 2) -> int:
     return _step_bytes(config.text, 1, config.canvas_length, context, item)
 
 
-def batch_bytes(config: ModelConfig, contexts: Sequence[int], item: int = 2) -> int:
+def batch_bytes(config: ModelConfig, caches: Sequence[int], longest: int, item: int = 2) -> int:
     """Add up several replies in flight, beside the weights: each one's cache, a step of all canvases together, and the
     chunk of a newcomer's prompt that is encoded meanwhile.
 
-    contexts: for each reply, the most tokens that it will follow.
+    caches: each reply's `cache_bytes`, of the most tokens that it will follow. longest: the most of any.
     """
-    text, longest = config.text, max(contexts)
-    step = _step_bytes(text, len(contexts), config.canvas_length, longest, item)
-    chunk = _layer_bytes(text, PREFILL_CHUNK, longest, item)
-    return sum(cache_bytes(config, context, item) for context in contexts) + step + chunk
+    step = _step_bytes(config.text, len(caches), config.canvas_length, longest, item)
+    chunk = _layer_bytes(config.text, PREFILL_CHUNK, longest, item)
+    return sum(caches) + step + chunk
 
 
 def rows_at_once(text: TextConfig, canvas: int, context: int, most: int, item: int = 2) -> int:

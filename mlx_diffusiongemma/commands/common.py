@@ -199,10 +199,17 @@ def load_source(source: str, adapter: str | None = None, *, fuse: bool = True) -
 
 
 def named_model(name: str | None) -> str:
-    """The directory or repository that `--model` names: a path, a name that `mlx-dg models` lists, or a repository."""
+    """The directory or repository that `--model` names: a path, a name that `mlx-dg models` lists, or a repository.
+    Raises CheckpointError.
+    """
     from ..checkpoints.remembered import source_of
+    from ..errors import CheckpointError
 
-    return source_of(name) if name else default_model()
+    if name is None:
+        return default_model()
+    if not name:
+        raise CheckpointError("--model is empty; name a model, or leave it out for the last one used.")
+    return source_of(name)
 
 
 def say(text: str) -> None:

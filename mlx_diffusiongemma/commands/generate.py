@@ -144,7 +144,7 @@ def generate(
     with ExitStack() as stack:
         # Before the model is loaded, so that nothing is computed for a file that cannot be.
         writer = stack.enter_context(TraceWriter(trace, text, force=force)) if trace else None
-        source = named_model(model or (last.model if last else None))
+        source = named_model(last.model if last and model is None else model)
         loaded, processor = load_model(source, yes=yes, adapter=adapter)
         session = ChatSession(loaded, processor, system, list(functions.values()), thinking, options)
         keeper = Keeper(session, source, notice)

@@ -79,7 +79,8 @@ def line_span(text: str, lines: str, *, may_be_empty: bool = False) -> tuple[int
     first = int(found[1] or 1)
     last = int(found[3] or (count if found[2] else first))
     if not 1 <= first <= last <= count:
-        raise PromptError(f"--lines {lines} does not lie in the text, which has {count} lines; give some of those.")
+        has = f"{count} line{'s' * (count != 1)}"
+        raise PromptError(f"--lines {lines} does not lie in the text, which has {has}; give some of those.")
     stop = starts[last] - 1 if last < len(starts) else len(text)
     if text[starts[first - 1] : stop].endswith("\r"):
         stop -= 1

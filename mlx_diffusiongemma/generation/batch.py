@@ -6,11 +6,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from ..checkpoints.accounting import batch_bytes
+from ..checkpoints.accounting import batch_bytes, cache_bytes
 from ..checkpoints.memory import usable_bytes
 from ..errors import PromptError
 from ..events import Commit, Done, Event, Result
@@ -33,6 +34,7 @@ def generate_batch(
     *,
     schema: Any = None,
     grammar: str | None = None,
+    tool_choice: str | None = None,
     options: GenerationOptions | None = None,
     max_tokens: int | None = None,
     seed: int | None = None,
@@ -41,7 +43,8 @@ def generate_batch(
 ) -> Iterator[Result]:
     """Reply to several prompts of any lengths, and give each result as soon as it is there.
 
-    schema, grammar: what every reply has to be like; see `stream`.
+    schema, grammar, tool_choice: what every reply has to be like; see `stream`. A prompt's tools are those that
+    `processor.prompt` made it with.
     `Result.index` is the place of its prompt, `Result.seed` the seed with which `generate` gives the same text. rows:
     most replies that are denoised together; fewer where memory does not allow as many. A prompt waits until a reply
     ends; pictures that it names by their paths have to stay till then. Setting `cancel`, or closing the iterator, stops
@@ -53,14 +56,14 @@ def generate_batch(
         raise PromptError("The batch has no prompt; give at least one.")
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
         raise PromptError(f"rows is {rows!r}; give a whole number of at least 1.")
-    settings = request_options(model, options, max_tokens, seed, in_grammar=schema is not None or grammar is not None)
+    asked = {"schema": schema, "grammar": grammar, "tool_choice": tool_choice}
+    in_grammar = any(given is not None for given in asked.values())
+    settings = request_options(model, options, max_tokens, seed, in_grammar=in_grammar)
     prompts = list(prompts)  # which the caller may change meanwhile
 
     def make(index: int) -> Request:
         own = replace(settings, seed=seed_of_row(settings.seed, index))
-        return make_request(
-            model, processor, prompts[index], schema=schema, grammar=grammar, options=own, cancel=cancel
-        )
+        return make_request(model, processor, prompts[index], **asked, options=own, cancel=cancel)
 
     # All are checked before the first is answered; those with images, which are large, are then made again in turn.
     checked = [None if request.prompt.images else request for request in map(make, range(len(prompts)))]
@@ -76,9 +79,15 @@ def _results(
     item = model.dtype.size
     most = model.config.text.max_position_embeddings
 
+    @cache
+    def kept(context: int) -> int:
+        return cache_bytes(model.config, context, item)
+
     def fits(together: Sequence[Request]) -> bool:
+        if len(together) > rows:
+            return False
         contexts = [min(len(request.prompt.tokens) + options.max_tokens, most) for request in together]
-        return len(together) <= rows and batch_bytes(model.config, contexts, item) <= room
+        return batch_bytes(model.config, [kept(context) for context in contexts], max(contexts), item) <= room
 
     replies: dict[int, list[Event]] = {}
     with closing(reply(model, processor, requests, options, fits)) as events:

@@ -15,7 +15,7 @@ from .canvas import Canvas
 if TYPE_CHECKING:
     from ..model.cache import Cache
     from ..model.diffusion_gemma import DiffusionGemma
-    from ..processing.grammars import Grammar
+    from ..processing.grammars.compiling import Grammar
     from ..processing.processor import Processor, Prompt
 
     PromptLike = str | Sequence[dict[str, Any]] | Sequence[int] | Prompt

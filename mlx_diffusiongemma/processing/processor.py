@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from ..config import ModelConfig, VisionConfig, read_json
 from ..errors import CheckpointError, PromptError
 from ..events import Reply
-from .grammars import Grammar, Grammars
+from .grammars.compiling import Grammar, Grammars
 from .messages import Message, VideoPart, call_ids, normalize_messages
 from .replies import MARKERS, ReplyParser, reply_from_parts
 from .tokenizer import load_tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import io
 import ipaddress
 import socket
 import ssl
@@ -72,8 +73,9 @@ def _one(url: str, deadline: float, allowed: Callable[[str], bool], trusted: ssl
     connection = http.client.HTTPConnection(parts.hostname, parts.port)
     with (
         _connected(parts.hostname, parts.port or 443, deadline, allowed) as plain,
-        trusted.wrap_socket(plain, server_hostname=parts.hostname) as connection.sock,
+        trusted.wrap_socket(plain, server_hostname=parts.hostname) as secured,
     ):
+        connection.sock = _UntilDeadline(secured, deadline)
         connection.request("GET", path, headers={"User-Agent": "mlx-diffusiongemma", "Accept": "image/*"})
         answer = connection.getresponse()
         if 300 <= answer.status < 400 and (place := answer.getheader("Location")):
@@ -85,7 +87,6 @@ def _one(url: str, deadline: float, allowed: Callable[[str], bool], trusted: ssl
             content += chunk
             if len(content) > MOST_BYTES:
                 raise PromptError(f"{url[:80]} is larger than {MOST_BYTES // 2**20} MB; give a smaller image.")
-            _left(deadline)
         return bytes(content)
 
 
@@ -95,7 +96,35 @@ def _connected(host: str, port: int, deadline: float, allowed: Callable[[str], b
     addresses = [str(place[0]) for *_, place in found]
     if not all(map(allowed, addresses)):
         raise PromptError(f"{host[:80]} is in a private network, and nothing is fetched there; send a data: URL.")
-    return socket.create_connection((addresses[0], port), timeout=_left(deadline))
+    connected = socket.create_connection((addresses[0], port), timeout=_left(deadline))
+    connected.settimeout(_left(deadline))  # of the whole handshake
+    return connected
+
+
+class _UntilDeadline(io.RawIOBase):
+    """A connection, as http.client uses one, that ends at a deadline, however often a byte comes: a socket's own
+    timeout begins anew with each.
+    """
+
+    def __init__(self, connection: socket.socket, deadline: float) -> None:
+        self._connection, self._deadline = connection, deadline
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self)
+
+    def sendall(self, content: bytes) -> None:
+        self._connection.settimeout(_left(self._deadline))
+        self._connection.sendall(content)
+
+    def close(self) -> None:
+        """Leave it open: http.client closes a connection before it reads the answer, and whoever made it closes it."""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._connection.settimeout(_left(self._deadline))
+        return self._connection.recv_into(buffer)
 
 
 def _left(deadline: float) -> float:

@@ -14,6 +14,7 @@ Optimizer = Literal["adam", "adamw", "muon", "sgd", "adafactor"]
 OPTIMIZERS: tuple[Optimizer, ...] = ("adam", "adamw", "muon", "sgd", "adafactor")
 # The report's: Adam with these moments, and a little decoupled weight decay.
 ADAMW = {"betas": (0.95, 0.99), "weight_decay": 1e-4, "bias_correction": True}
+SCHEDULE = ("name", "arguments", "warmup", "warmup_init")
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,26 @@ class TrainingOptions:
             raise TrainingError(f"patience is a whole number from 1 on, not {self.patience!r}.")
         if self.optimizer not in OPTIMIZERS:
             raise TrainingError(f"optimizer is one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}.")
+        if self.lr_schedule is not None:
+            _check_schedule(self.lr_schedule)
 
     @property
     def update_size(self) -> int:
         """Replies that one update learns from."""
         return self.batch_size * self.grad_accumulation_steps
+
+
+def _check_schedule(schedule: Mapping[str, Any]) -> None:
+    """Raises TrainingError where mlx-lm cannot build this schedule, or would ignore a part of it."""
+    from mlx_lm.tuner.utils import build_schedule
+
+    for name in schedule:
+        if name not in SCHEDULE:
+            raise TrainingError(f"lr_schedule has {', '.join(SCHEDULE)}; leave {name!r} out.")
+    try:
+        build_schedule(dict(schedule))
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise TrainingError(
+            f"lr_schedule describes no schedule of mlx.optimizers ({error}); write it as "
+            "{name: cosine_decay, arguments: [1.5e-4, 2000, 1.5e-5], warmup: 100}."
+        ) from None

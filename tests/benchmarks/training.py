@@ -1,6 +1,6 @@
 """Fine-tuning measured: what a new task costs the old ones, and an example beside mlx-lm's.
 
-    python tests/benchmarks/training.py lift [--iters 300]     a task that the demo checkpoint cannot do, by LoRA
+    python tests/benchmarks/training.py lift [--iters 400]     a task that the demo checkpoint cannot do, by LoRA
     python tests/benchmarks/training.py cost [--pairs 5]       seconds and peak memory of an example, four ways
     python tests/benchmarks/training.py kills [--kills 10]     killed again and again and resumed: the same bytes?
     python tests/benchmarks/training.py nothing [--iters 600]  from random weights, the shortest task
@@ -47,6 +47,7 @@ from mlx_diffusiongemma.training.trainer import prepare  # noqa: E402
 DEMO = ROOT / "mlx_diffusiongemma" / "demo"
 QUESTIONS = ROOT / "tests" / "data" / "tiny" / "prompts.jsonl"
 TASKS = ROOT / "examples" / "demo_checkpoint" / "tasks.py"
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 KEYS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 SHAPES = {
     "vocab_size": 65536,
@@ -67,7 +68,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     lifting = verbs.add_parser("lift")
-    lifting.add_argument("--iters", type=int, default=300)
+    lifting.add_argument("--iters", type=int, default=400)
+    lifting.add_argument("--base", type=Path, default=DEMO)
     costing = verbs.add_parser("cost")
     costing.add_argument("--pairs", type=int, default=5)
     killing = verbs.add_parser("kills")
@@ -79,30 +81,27 @@ def main() -> None:
         return cost(given.pairs)
     with tempfile.TemporaryDirectory() as scratch:
         if given.verb == "lift":
-            lift(Path(scratch), given.iters)
+            lift(Path(scratch), given.base, given.iters)
         elif given.verb == "kills":
             kills(Path(scratch), given.kills)
         else:
             from_nothing(Path(scratch), given.iters)
 
 
-def lift(scratch: Path, iters: int) -> None:
-    """Teach the demo checkpoint to double letters, with the command that a user would give."""
+def lift(scratch: Path, checkpoint: Path, iters: int) -> None:
+    """Teach a checkpoint to write rows of a table, with the command that a user would give."""
     base, data, old = scratch / "base", scratch / "data", scratch / "old"
-    convert_checkpoint(DEMO, base, bits=None, dtype="float32")
-    subprocess.run([sys.executable, TASKS, old, "--train", "400", "--valid", "20", "--without", QUESTIONS], check=True)
-    draw_word = random.Random(5)
-    words = list(
-        dict.fromkeys(
-            "".join(draw_word.choices("abcdefghijklmnopqrstuvwxyz", k=draw_word.randint(3, 10))) for _ in range(2300)
-        )
-    )
-    for name, part in (("train", words[:2000]), ("valid", words[2000:2030]), ("test", words[2030:2130])):
-        lines = [{"prompt": f"double {word}", "completion": "".join(2 * letter for letter in word)} for word in part]
-        write_lines(data / f"{name}.jsonl", lines)
+    convert_checkpoint(checkpoint, base, bits=None, dtype="float32")
+    subprocess.run([sys.executable, TASKS, old, "--train", "800", "--valid", "20", "--without", QUESTIONS], check=True)
+    drawn = random.Random(5)
+    people = {("".join(drawn.choices(LETTERS, k=drawn.randint(3, 7))), drawn.randint(1, 99)) for _ in range(8130)}
+    lines = [{"prompt": f"csv name={name} age={age}", "completion": f"{name},{age}"} for name, age in sorted(people)]
+    drawn.shuffle(lines)
+    for name, part in (("test", lines[:100]), ("valid", lines[100:130]), ("train", lines[130:])):
+        write_lines(data / f"{name}.jsonl", part)
     measure("before", base, data, scratch, None)
     command = f"mlx-dg train --model {base} --data {data} --mix {old} --mix-share 0.05 --iters {iters} --batch-size 8"
-    command += " --grad-accumulation-steps 2 --learning-rate 2e-3 --lora-keys all-linear --steps-per-eval 100"
+    command += " --grad-accumulation-steps 2 --learning-rate 5e-4 --mask-prompt --steps-per-eval 100"
     command += f" --generate 30 --adapter-path {scratch / 'adapters'}"
     print(command)
     began = time.monotonic()

@@ -71,12 +71,12 @@ def test_piped_a_line_is_a_turn(demo_float32, tmp_path):
 
 def test_piped_errors_are_one_sentence_and_the_chat_goes_on(demo_float32, tmp_path):
     (tmp_path / "damaged").write_bytes(b"nothing")
-    lines = ["/nope", "/image /nowhere.png", "/image", f"/load {tmp_path}/damaged", "/undo", "/help"]
+    lines = ["/nope", "/image /nowhere.png", "/image", f"/load {tmp_path}/damaged", "/undo", "/undo 2", "/help"]
     lines += [f"/save {tmp_path}/damaged/x", "/save a\0b", f"/load {'x' * 300}", "/image data:,x", "sort 53142"]
     done = piped(lines, demo_float32)
     assert (done.returncode, done.stdout) == (1, "12345\n")
     wrong = [line for line in done.stderr.splitlines() if line.startswith("mlx-dg: ") and " are kept in " not in line]
-    assert len(wrong) == 9 and "Traceback" not in done.stderr
+    assert len(wrong) == 10 and "Traceback" not in done.stderr
     assert "/image PATH" in done.stderr
 
 
@@ -206,6 +206,35 @@ def test_settings_change_between_turns(demo_float32):
         "There is no setting speed; they are decoder, mode, max-tokens" in wrong[1] and "/set entropy-bound" in wrong[2]
     )
     assert wrong[3:5] == ["/set heat takes on or off, not 7.", "/set mode needs a name: /set mode fast"]
+
+
+def test_replies_are_valid_for_a_schema_while_there_is_one(demo_float32, tmp_path):
+    person = {"type": "object", "properties": {"name": {"enum": ["bob"]}, "age": {"enum": [11, 12]}}}
+    person["required"] = ["name", "age"]
+    schema, day, wrong = tmp_path / "person.json", tmp_path / "a day.json", tmp_path / "wrong.json"
+    schema.write_text(json.dumps(person))
+    day.write_text('{"enum": ["mo", "tu"]}')
+    wrong.write_text('{"not": {}}')
+    (tmp_path / "null.json").write_text("null")
+    lines = ["sort 53142", f'/schema "{day}"', "sort 53142", "/schema", f"/schema {wrong}", "/schema"]
+    lines += [f"/schema {tmp_path / 'null.json'}", f"/schema {tmp_path / 'none'}", "/schema off", "sort 53142"]
+    done = piped(lines, demo_float32, "--schema", str(schema))
+    first, second, third = done.stdout.splitlines()
+    assert json.loads(first)["name"] == "bob" and json.loads(first)["age"] in (11, 12)
+    assert json.loads(second) in ("mo", "tu") and third == "12345" and done.returncode == 1
+    said = [line for line in done.stderr.splitlines() if line.startswith(("schema: ", "mlx-dg: "))]
+    assert "Conversations are kept" in said.pop(0)
+    assert said[:2] == [f"schema: {day}"] * 2 and "`not` of `schema` cannot be honoured" in said[2]
+    assert said[3] == f"schema: {day}" and "holds no JSON object" in said[4] and "cannot be read" in said[5]
+    assert said[6] == "schema: off"
+
+
+@pytest.mark.parametrize(("text", "words"), [("{", "is not JSON"), ('{"uniqueItems": true}', "`uniqueItems`")])
+def test_a_schema_that_cannot_be_used_is_refused_before_the_first_turn(demo_float32, tmp_path, text, words):
+    (tmp_path / "schema.json").write_text(text)
+    done = piped(["sort 53142"], demo_float32, "--schema", str(tmp_path / "schema.json"))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert words in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_generate_runs_tools_as_chat_does(demo_float32, tmp_path):

@@ -134,6 +134,7 @@ def test_without_any_model_the_ready_made_one_is_named(tmp_path):
         (["check", f"{DEMO}/config.json"], 1, f"is a file; give the checkpoint's directory, {DEMO}"),
         (["check", "nowhere"], 1, "no directory nowhere"),
         (["generate", "hi", "--model", f"{DEMO}/config.json"], 1, "is a file"),
+        (["generate", "hi", "--model", ""], 1, "--model is empty"),
         (["convert", f"{DEMO}/config.json"], 1, "is a file"),
         (["generate", "hi", "--canvas-length", "99999", "--model", "MODEL"], 1, "canvas_length"),
         (["generate", "x" * 5000, "--model", "MODEL"], 1, "5016 tokens"),

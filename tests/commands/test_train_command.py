@@ -135,7 +135,7 @@ WRONG = {
     "optimizer_config: [1]": "optimizer_config cannot be",
     "lr_schedule: {name: cosine}": "lr_schedule describes no schedule",
     "lr_schedule: {name: cosine_decay, arguments: [1e-5], warmup: 5}": "lr_schedule describes no schedule",
-    "lr_schedule: {kind: cosine_decay}": "lr_schedule: 'kind' is no setting of training; did you mean",
+    "lr_schedule: {kind: cosine_decay}": "lr_schedule has name, arguments, warmup, warmup_init; leave 'kind' out",
     "trust_remote_code: true": "trust_remote_code can only be false",
     "- iters": "holds no settings",
     "iters: [": "is not YAML",

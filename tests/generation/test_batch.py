@@ -72,9 +72,10 @@ def test_memory_stays_flat_over_a_thousand_prompts():
 def test_rows_in_flight_keep_to_the_account(demo, monkeypatch):
     """A machine with room for three replies denoises three at once, however many are allowed."""
     model, _ = demo
-    contexts = [8 * CANVAS + 60] * 3
+    context = 8 * CANVAS + 60
+    caches = [accounting.cache_bytes(model.config, context, 4)] * 3
     monkeypatch.setattr(mx, "get_active_memory", lambda: 10**9)
-    monkeypatch.setattr(batch, "usable_bytes", lambda: 10**9 + accounting.batch_bytes(model.config, contexts, 4))
+    monkeypatch.setattr(batch, "usable_bytes", lambda: 10**9 + accounting.batch_bytes(model.config, caches, context, 4))
     most = []
     denoise = DiffusionGemma.denoise
 
@@ -85,6 +86,17 @@ def test_rows_in_flight_keep_to_the_account(demo, monkeypatch):
     with patch.object(DiffusionGemma, "denoise", watched):
         assert len(list(generate_batch(*demo, PROMPTS[:6], options=settings(1)))) == 6
     assert max(most) == 3
+
+
+def test_each_length_is_accounted_for_once(monkeypatch):
+    model = random_model(config_json(true_pattern(2), CANVAS), None)
+    contexts = []
+    counted = accounting.cache_bytes
+    monkeypatch.setattr(batch, "cache_bytes", lambda config, *rest: contexts.append(rest[0]) or counted(config, *rest))
+    prompts = [[5] * length for length in (3, 9, 5, 3, 9, 7, 5)]
+    options = GenerationOptions(max_tokens=CANVAS, canvas_length=CANVAS, max_steps=1, seed=3)
+    assert len(list(generate_batch(model, ByteProcessor(), prompts, options=options, rows=5))) == 7
+    assert sorted(contexts) == sorted({length + CANVAS for length in (3, 9, 5, 7)})
 
 
 def test_a_row_ends_at_its_own_context():

@@ -172,6 +172,22 @@ def test_in_a_batch_each_reply_is_the_one_that_it_is_alone(demo, decoder):
         assert (alone.tokens, alone.data, alone.stats.passes) == (result.tokens, result.data, result.stats.passes)
 
 
+def test_in_a_batch_each_prompt_calls_its_own_tools(demo):
+    _, processor = demo
+    prompts = [processor.prompt(text, tools=tools) for text, tools in (("a", [FIND]), ("bc", [get_weather, FIND]))]
+    options = GenerationOptions(max_tokens=60)
+    for choice in ("find", "required"):
+        for result in generate_batch(*demo, prompts, tool_choice=choice, options=options, seed=4):
+            alone = generate(*demo, prompts[result.index], tool_choice=choice, options=options, seed=result.seed)
+            assert (result.tokens, result.tool_calls) == (alone.tokens, alone.tool_calls)
+            assert result.finish_reason == "length" or result.tool_calls[0].name in ("find", "get_weather")
+    for wrong, words in (({"tool_choice": "look"}, "'required' or one of find"), ({"schema": {}}, "give only one")):
+        with pytest.raises(PromptError, match=words):
+            generate_batch(*demo, prompts, **{"tool_choice": "find", **wrong})
+    with pytest.raises(PromptError, match="there are none"):
+        generate_batch(*demo, [*prompts, "no tools"], tool_choice="find")
+
+
 def test_a_repetition_penalty_and_a_kept_prefix(demo):
     model, _ = demo
     options = replace(GREEDY, repetition_penalty=1.3)
@@ -191,6 +207,13 @@ def test_a_grammar_is_compiled_once(demo):
         processor.grammar(processor.prompt(text), model.options.end_tokens, schema=PERSON) for text in ("a", "b")
     )
     assert first is second
+    prompts = [processor.prompt("a", tools=tools) for tools in ([FIND], [FIND], [get_weather, FIND])]
+    made = [processor.grammar(prompt, model.options.end_tokens, tool_choice="find") for prompt in prompts]
+    assert made[0] is made[1] is not made[2]
+    endless: dict = {"items": {}}
+    endless["items"] = endless
+    with pytest.raises(PromptError, match="cannot be written as JSON"):
+        processor.grammar(processor.prompt("a"), model.options.end_tokens, schema=endless)
 
 
 def test_sessions_and_async_code_take_schemas(demo):

@@ -5,6 +5,8 @@ import socket
 import ssl
 import subprocess
 import threading
+import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -69,6 +71,8 @@ def site(tmp_path_factory):
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
+            if self.path in ("/drips", "/drips-headers"):
+                return self.drip(b"HTTP/1.0 200 OK\r\n" + (b"\r\n" if self.path == "/drips" else b"X: "))
             place = {"/once": "/image?x=1", "/ever": "/ever", "/inside": "https://10.0.0.1/", "/plain": "http://e.org/"}
             if self.path in place:
                 self.send_response(302)
@@ -78,6 +82,14 @@ def site(tmp_path_factory):
             self.end_headers()
             if self.path == "/image?x=1":
                 self.wfile.write(IMAGE.read_bytes())
+
+        def drip(self, beginning):
+            """A byte now and then, for ever, until the other side has had enough."""
+            with suppress(OSError):
+                self.wfile.write(beginning)
+                while True:
+                    self.wfile.write(b"x")
+                    time.sleep(0.02)
 
         def log_message(self, *_):
             pass
@@ -122,6 +134,37 @@ def test_size_time_and_certificate_are_checked(site, monkeypatch):
     monkeypatch.setattr(remote, "SECONDS", 0)
     with pytest.raises(PromptError, match="longer"):
         fetch(f"{url}/image?x=1", here, trusted)
+
+
+@pytest.mark.parametrize("path", ["/drips", "/drips-headers"])
+def test_a_site_that_drips_bytes_is_left_in_time(site, path, monkeypatch):
+    url, trusted = site
+    monkeypatch.setattr(remote, "SECONDS", 0.3)
+    started = time.monotonic()
+    with pytest.raises(PromptError, match="cannot be downloaded"):
+        fetch(url + path, here, trusted)
+    assert time.monotonic() - started < 3
+
+
+def test_a_site_that_drips_its_handshake_is_left_in_time(monkeypatch):
+    monkeypatch.setattr(remote, "SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip():
+            connection, _ = server.accept()
+            with connection, suppress(OSError):
+                connection.sendall(b"\x16\x03\x03\x40\x00")  # a long handshake message begins
+                while True:
+                    connection.sendall(b"x")
+                    time.sleep(0.02)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        started = time.monotonic()
+        with pytest.raises(PromptError, match="cannot be downloaded"):
+            fetch(f"https://localhost:{server.getsockname()[1]}/", here)
+        thread.join()
+    assert time.monotonic() - started < 3
 
 
 def test_a_server_that_may_fetches_the_images_of_a_chat(demo_float32, site, monkeypatch):

@@ -1,6 +1,8 @@
 """Strict tools where the model may call or not: every call that goes out fits what its tool declares."""
 
 import json
+import re
+from datetime import date
 
 import pytest
 from servers import data_of, user
@@ -89,8 +91,15 @@ def test_a_streamed_call_fits_and_the_cost_of_both_parts_counts(server):
     assert chunks[-1]["timings"]["denoising_steps"] > plain["timings"]["denoising_steps"]
 
 
+def test_a_pattern_and_a_format_hold_in_calls(server):
+    properties = {"city": {"type": "string", "pattern": "^[m-z]{4}$"}, "day": {"type": "string", "format": "date"}}
+    parameters = {"type": "object", "properties": properties, "required": ["city", "day"]}
+    (call,) = calls_of("/v1/chat/completions", ask(server, parameters))
+    assert re.fullmatch("[m-z]{4}", call["city"]) and date.fromisoformat(call["day"])
+
+
 def test_what_a_strict_tool_asks_beyond_the_grammar_is_named(server):
-    parameters = {"type": "object", "properties": {"city": {"type": "string", "pattern": "^l"}}}
+    parameters = {"type": "object", "properties": {"city": {"type": "string", "pattern": "(?=l)"}}}
     body = {"messages": user(QUESTION), "tools": [tool(parameters)], "stream": True}
     reply = server.post("/v1/chat/completions", **body)
     assert reply.status_code == 400 and "pattern" in reply.json()["error"]["message"]

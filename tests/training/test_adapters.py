@@ -5,6 +5,7 @@ import json
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from adapters import random_adapter
 from mlx.utils import tree_flatten
 from random_models import TINY, config_json, random_model, true_pattern
 
@@ -37,19 +38,6 @@ def states(model) -> tuple[mx.array, mx.array]:
     canvas = model.denoise(TOKENS[:, :32], cache, mx.ones((1, 32, TINY["hidden_size"])))
     mx.eval(hidden, canvas)
     return hidden, canvas
-
-
-def random_adapter(model, config: AdapterConfig) -> Adapter:
-    """An adapter of this shape whose arrays all do something."""
-    put_in(model, config)
-    shapes = {name: array.shape for name, array in trained_arrays(model).items()}
-    take_out(model)
-    key = mx.random.key(3)
-    arrays = {}
-    for name, shape in shapes.items():
-        key, now = mx.random.split(key)
-        arrays[name] = 0.2 * mx.random.normal(shape, key=now) + (1 if name.endswith(".m") else 0)
-    return Adapter(config, arrays)
 
 
 def differs(one: mx.array, other: mx.array) -> float:

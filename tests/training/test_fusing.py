@@ -2,26 +2,16 @@
 
 import mlx.core as mx
 import pytest
+from adapters import saved_adapter
 from conftest import DEMO
 from mlx.utils import tree_flatten
 
 from mlx_diffusiongemma import Adapter, AdapterError, CheckpointError, load
 from mlx_diffusiongemma.checkpoints.adapter_files import save_adapter
 from mlx_diffusiongemma.convert import convert_checkpoint, fuse_adapter
-from mlx_diffusiongemma.model.adapters import AdapterConfig, keys_of, put_in, take_out, trained_arrays
+from mlx_diffusiongemma.model.adapters import AdapterConfig, keys_of
 
 TOKENS = mx.arange(40)[None] + 100
-
-
-def saved_adapter(model, directory, config: AdapterConfig, size: float = 0.1) -> None:
-    put_in(model, config)
-    shapes = {name: array.shape for name, array in trained_arrays(model).items()}
-    take_out(model)
-    arrays = {
-        name: size * mx.random.normal(shape, key=mx.random.key(index)) + (1 if name.endswith(".m") else 0)
-        for index, (name, shape) in enumerate(shapes.items())
-    }
-    save_adapter(directory, Adapter(config, arrays))
 
 
 def encoded(model) -> mx.array:

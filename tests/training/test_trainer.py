@@ -221,6 +221,7 @@ def test_options_that_make_no_sense_are_refused():
         ({"learning_rate": -1.0}, "learning_rate is a number above 0"),
         ({"optimizer": "lion"}, "optimizer is one of adam, adamw"),
         ({"patience": 0}, "patience is a whole number from 1"),
+        ({"lr_schedule": {"name": "linear"}}, "lr_schedule describes no schedule"),
     ):
         with pytest.raises(TrainingError, match=reason):
             TrainingOptions(**settings)

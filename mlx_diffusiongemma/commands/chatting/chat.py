@@ -36,7 +36,7 @@ from ..common import (
 )
 from ..keeping.conversations import Keeper, find, read
 from ..keeping.shown import show_message
-from .decoding import Decoding, MinP, RepetitionPenalty, Temp, TopK, TopP, make_options
+from .decoding import Decoding, MinP, RepetitionPenalty, Schema, Temp, TopK, TopP, make_options, read_schema
 from .input import Read, at_terminal, message_reader
 from .settings import NAMES, change
 from .tools import Functions, load_functions
@@ -51,6 +51,8 @@ HELP = """\
 /system TEXT     set the instructions; without text, take them away
 /think           let the model think first, or stop that
 /decoder NAME    write with diffusion, ar (left to right) or speculative
+/schema FILE     make replies valid for a JSON Schema; /schema off lets them
+                 be text again
 /set NAME VALUE  change an option, such as /set steps 24; /set lists them
 /undo            forget the last turn
 /reset           forget all turns
@@ -63,7 +65,8 @@ slash."""
 WITH_EDITOR = "\nTab completes commands and paths; Esc Enter begins a new line."
 WITHOUT_EDITOR = "\npip install prompt_toolkit adds completion, and messages of several lines."
 LEAVE = ("/bye", "/quit", "/exit")
-TAKE_PATHS = ("image", "video", "save", "load")
+TAKE_PATHS = ("image", "video", "schema", "save", "load")
+TAKE_NOTHING = ("help", "think", "undo", "reset")
 
 
 def chat(
@@ -73,6 +76,7 @@ def chat(
     system: System = None,
     thinking: Thinking = False,
     tools: Tools = None,
+    schema: Schema = None,
     max_tokens: MaxTokens = 1024,
     decoder: Decoding = "diffusion",
     mode: Mode = "reference",
@@ -114,12 +118,15 @@ def chat(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
+    form = None if schema is None else read_schema(schema)
     last = read(find("")) if go_on else None
-    source = named_model(model or (last.model if last else None))
+    source = named_model(last.model if last and model is None else model)
     loaded, processor = load_model(source, yes=yes, adapter=adapter)
     session = ChatSession(loaded, processor, system, list(functions.values()), thinking, options)
     keeper = Keeper(session, source, notice)
     talk = _Chat(session, functions, keeper, live, heat)
+    if form is not None:
+        talk.follow(form, str(schema))
     if last:
         keeper.resume(last)
         talk.show_again()
@@ -145,6 +152,8 @@ class _Chat:
         self.keeper = keeper
         self.images: list[tuple[str, Any]] = []  # for the next message, with their sources
         self.videos: list[tuple[str, Any]] = []
+        self.schema: dict[str, Any] | None = None
+        self.schema_source = "off"
         self.failed = False
         self.commands: dict[str, Callable[[str], None]] = {
             "help": lambda _: say(HELP + (WITH_EDITOR if find_spec("prompt_toolkit") else WITHOUT_EDITOR)),
@@ -153,6 +162,7 @@ class _Chat:
             "system": self._system,
             "think": self._think,
             "decoder": lambda text: say(change(self.turns, f"decoder {text}")),
+            "schema": self._schema,
             "set": lambda text: say(change(self.turns, text)),
             "undo": self._undo,
             "reset": self._reset,
@@ -182,13 +192,16 @@ class _Chat:
         if not line.startswith("/") or line.startswith("//"):
             text = line.removeprefix("/") if line.startswith("//") else line
             images, videos = ([picture for _, picture in pictures] for pictures in (self.images, self.videos))
-            if self.turns.take(lambda cancel: self.session.send(text, images, videos, cancel=cancel)):
+            form = self.schema
+            if self.turns.take(lambda cancel: self.session.send(text, images, videos, schema=form, cancel=cancel)):
                 self.keeper.keep([source for source, _ in (*self.images, *self.videos)])
             self.images, self.videos = [], []  # a message that is refused leaves them for the next
             return
         name, _, rest = line[1:].partition(" ")
         if name not in self.commands:
             raise PromptError(f"There is no command /{name}; /help lists them, and // begins a message with a slash.")
+        if name in TAKE_NOTHING and rest.strip():
+            raise PromptError(f"/{name} takes nothing after it; write /{name} alone.")
         self.commands[name](rest.strip())
 
     def _image(self, path: str) -> None:
@@ -215,6 +228,23 @@ class _Chat:
     def _think(self, _: str) -> None:
         self.session.thinking = not self.session.thinking
         say("The model thinks first." if self.session.thinking else "The model answers at once.")
+
+    def _schema(self, path: str) -> None:
+        if path == "off":
+            self.schema, self.schema_source = None, "off"
+        elif path:
+            source = user_path(_unquoted(path, "/schema"))
+            self.follow(read_schema(source), str(source))
+        say(f"schema: {self.schema_source}")
+
+    def follow(self, schema: dict[str, Any], source: str) -> None:
+        """Make the next replies valid for a schema. Raises PromptError where that cannot be honoured."""
+        from ...generation.request import request_options
+        from ...processing.processor import Prompt
+
+        ends = request_options(self.session.model, self.session.options, in_grammar=True).end_tokens
+        self.session.processor.grammar(Prompt("", []), ends, schema=schema)
+        self.schema, self.schema_source = schema, source
 
     def _undo(self, _: str) -> None:
         self.session.undo()

@@ -72,13 +72,21 @@ Grammar = Annotated[
 def asked_form(schema: Path | None, grammar: str | None) -> dict[str, Any]:
     """Read what an answer has to be like, as `stream` takes it. Raises PromptError where a file cannot be read."""
     if schema is not None:
-        try:
-            return {"schema": json.loads(_text_of(schema)), "grammar": grammar}
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise PromptError(f"{schema} is not JSON ({error}); give a file with a JSON Schema.") from None
+        return {"schema": read_schema(schema), "grammar": grammar}
     if grammar is not None and len(grammar) < 1024 and "\n" not in grammar and Path(grammar).is_file():
         return {"grammar": _text_of(Path(grammar)).strip()}
     return {"grammar": grammar}
+
+
+def read_schema(path: Path) -> dict[str, Any]:
+    """Read a JSON Schema from a file. Raises PromptError where there is none."""
+    try:
+        schema = json.loads(_text_of(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise PromptError(f"{path} is not JSON ({error}); give a file with a JSON Schema.") from None
+    if not isinstance(schema, dict):
+        raise PromptError(f"{path} holds no JSON object; give a file with a JSON Schema.")
+    return schema
 
 
 def _text_of(path: Path) -> str:

@@ -55,7 +55,6 @@ OPTIONS = {field.name: str(field.type) for field in fields(TrainingOptions) if f
 ADAPTER = ("fine_tune_type", "num_layers", "towers", "lora_keys", "lora_parameters")
 SETTINGS = frozenset({*OWN, *OPTIONS, *ADAPTER})
 LORA = ("keys", "rank", "scale", "dropout")
-SCHEDULE = ("name", "arguments", "warmup", "warmup_init")
 # Settings of mlx-lm's files that have but one value here.
 FIXED = {"trust_remote_code": False}
 
@@ -73,8 +72,6 @@ def make_settings(given: Mapping[str, Any], config: str | None = None) -> Settin
             raise TrainingError(f"{name} cannot be {value!r}; see mlx-dg train --help.")
     if "optimizer_config" in chosen:  # of each optimizer by its name, of which one is used
         chosen["optimizer_config"] = chosen["optimizer_config"].get(chosen.get("optimizer", TrainingOptions.optimizer))
-    if "lr_schedule" in chosen:
-        _check_schedule(chosen["lr_schedule"])
     options = {name: chosen[name] for name in OPTIONS if name in chosen}
     own = {name: chosen[name] for name in OWN if name in chosen}
     return Settings(options=TrainingOptions(adapter=_adapter(chosen), **options), **own)
@@ -141,20 +138,6 @@ def _adapter(chosen: Mapping[str, Any]) -> AdapterConfig:
         if not fits:
             raise TrainingError(f"{name} is {what}, not {value!r}.")
     return AdapterConfig(kind, rank, float(scale), keys_of([name.strip() for name in names]), layers, towers)
-
-
-def _check_schedule(schedule: Mapping[str, Any]) -> None:
-    """Raises TrainingError where mlx-lm cannot build this schedule."""
-    from mlx_lm.tuner.utils import build_schedule
-
-    _check_known(schedule, SCHEDULE, "lr_schedule")
-    try:
-        build_schedule(dict(schedule))
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise TrainingError(
-            f"lr_schedule describes no schedule of mlx.optimizers ({error}); write it as "
-            "{name: cosine_decay, arguments: [1.5e-4, 2000, 1.5e-5], warmup: 100}."
-        ) from None
 
 
 def _check_known(content: Mapping[Any, Any], known: Collection[str], where: str) -> None:

@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ..errors import PromptError
+from ...errors import PromptError
+from .strings import portable
 
 # What separates items: as Python's `json.dumps` writes them, so that nothing but the values is left to choose.
 LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -45,6 +46,8 @@ def prepared_schema(schema: Any) -> dict[str, Any]:
     for path, node in nodes:
         _check(node, path)
     for _, node in nodes:
+        if "pattern" in node:
+            node["pattern"] = portable(node["pattern"])
         for name in (ANNOTATIONS & node.keys()) - {"$schema", "$id", "$anchor"}:
             del node[name]
     # Closing one of several objects that a value has to be at once would leave nothing that is all of them.
@@ -86,6 +89,8 @@ def _check(node: dict[str, Any], path: str) -> None:
         if name not in HONOURED and name not in ANNOTATIONS:
             raise PromptError(f"The keyword `{name}` of `{path}` cannot be honoured; leave it out of the schema.")
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if name == "pattern" and not isinstance(value, str):
+            raise PromptError(f"`{path}.pattern` must be a regular expression, not {value!r}.")
         if name in NUMBERS and not is_number:
             raise PromptError(f"`{path}.{name}` must be a number, not {value!r}.")
         if name in COUNTS and not (is_number and value >= 0 and value == int(value)):

@@ -7,15 +7,15 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import PromptError
-from .call_grammar import call_grammar
+from ...errors import PromptError
+from .calls import call_grammar
 from .schemas import prepared_schema
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-    from .processor import Prompt
-    from .tokenizer import Tokenizer
+    from ..processor import Prompt
+    from ..tokenizer import Tokenizer
 
 KEPT = 16  # compiled grammars: those that were asked for last
 
@@ -55,7 +55,7 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, vocabulary: int, special: dict[str, int]) -> None:
         self._tokenizer, self._vocabulary, self._special = tokenizer, vocabulary, special
         self._tokenizers: dict[tuple[int, ...], LLTokenizer] = {}
-        self._made: dict[tuple[str, tuple[int, ...]], Grammar] = {}
+        self._made: dict[tuple[str, str, tuple[int, ...]], Grammar] = {}
 
     def make(
         self,
@@ -78,17 +78,20 @@ class Grammars:
         if not end_tokens:
             raise PromptError("A reply under a grammar ends with an end token; give end_tokens at least one.")
         _require_llguidance()
-        answer: dict[str, Any]
-        if schema is not None:
-            what, answer = "schema", {"json_schema": prepared_schema(schema)}
-        elif grammar is not None:
-            what, answer = "grammar", {"lark_grammar": _lark(grammar)}
-        else:
-            what, answer = "tool_choice", {"lark_grammar": call_grammar(prompt.tools, str(tool_choice), self._special)}
-        around = {"lark_grammar": self._around(prompt.thinking, in_thought, end_tokens)}
-        text = json.dumps({"grammars": [around, {"name": "answer", **answer}]}, ensure_ascii=False)
-        found = self._made.pop((text, end_tokens), None) or self._compiled(text, end_tokens, what)
-        self._made[text, end_tokens] = found
+        around = self._around(prompt.thinking, in_thought, end_tokens)
+        tools = prompt.tools if tool_choice is not None else ()
+        key = (_written([schema, grammar, tool_choice, tools]), around, end_tokens)
+        found = self._made.pop(key, None)
+        if found is None:
+            answer: dict[str, Any]
+            if schema is not None:
+                what, answer = "schema", {"json_schema": prepared_schema(schema)}
+            elif grammar is not None:
+                what, answer = "grammar", {"lark_grammar": _lark(grammar)}
+            else:
+                what, answer = "tool_choice", {"lark_grammar": call_grammar(tools, str(tool_choice), self._special)}
+            found = self._compiled([{"lark_grammar": around}, {"name": "answer", **answer}], end_tokens, what)
+        self._made[key] = found
         while len(self._made) > KEPT:
             del self._made[next(iter(self._made))]
         return found
@@ -104,10 +107,11 @@ class Grammars:
         body = others if thinking else '"thought\\n"'
         return f"start: thought? @answer\nthought: <[{begin}]> {body} <[{end}]>"
 
-    def _compiled(self, text: str, end_tokens: tuple[int, ...], what: str) -> Grammar:
+    def _compiled(self, grammars: list[dict[str, Any]], end_tokens: tuple[int, ...], what: str) -> Grammar:
         from llguidance import LLMatcher
 
         tokenizer = self._tokenizer_for(end_tokens)
+        text = json.dumps({"grammars": grammars}, ensure_ascii=False)
         matcher = LLMatcher(tokenizer, text, log_level=0)
         reasons = [matcher.get_error()] if matcher.is_error() else matcher.get_grammar_warnings()
         if reasons:
@@ -124,6 +128,14 @@ class Grammars:
             written = self._tokenizer.backend_tokenizer.to_str()
             self._tokenizers[end_tokens] = LLTokenizer(written, n_vocab=self._vocabulary, eos_token=list(end_tokens))
         return self._tokenizers[end_tokens]
+
+
+def _written(asked: list[Any]) -> str:
+    """What was asked for, as text that tells it from anything else. Raises PromptError where it has no end."""
+    try:
+        return json.dumps(asked, default=repr)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PromptError(f"The schema cannot be written as JSON ({error}); give plain lists and mappings.") from None
 
 
 def _require_llguidance() -> None:

@@ -6,14 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import PromptError
+from ...errors import PromptError
+from ..tools import QUOTE
 from .schemas import ANNOTATIONS
-from .tools import QUOTE
+from .strings import STRING_LIMITS, UNMARKED, string_terminal
 
 # What a schema may say of a value of each type. Numbers are written as in JSON, and so are their limits honoured.
 NUMERIC = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}
 HONOURED = {
-    "string": {"enum", "const", "minLength", "maxLength"},
+    "string": {"enum", "const", *STRING_LIMITS},
     "integer": {"enum", "const", *NUMERIC},
     "number": {"enum", "const", *NUMERIC},
     "boolean": {"enum", "const"},
@@ -22,7 +23,6 @@ HONOURED = {
     "object": {"properties", "required", "additionalProperties"},
 }
 ALWAYS = {*ANNOTATIONS, "type", "nullable", "$defs", "definitions"}
-ANY_TEXT = r"/([^<]|<+[^<|])*/"  # no marker that is spelled in letters
 BARE_KEY = r'/[^{}\[\],":<\s][^{}\[\],":<]*/'
 
 
@@ -63,12 +63,16 @@ class _Rules:
 
     def arguments(self, parameters: Mapping[str, Any], name: str) -> str:
         self._root, self._named = parameters, {}
-        return self._object(parameters, f"{name}.parameters") if parameters.get("properties") else '"{" "}"'
+        others = parameters.get("additionalProperties")
+        if parameters.get("properties") or parameters.get("required") or isinstance(others, Mapping):
+            return self._object(parameters, f"{name}.parameters")
+        return '"{" "}"'
 
     def _value(self, schema: Any, path: str) -> str:
         if not isinstance(schema, Mapping):
             raise PromptError(f"`{path}` must be a JSON schema, not {schema!r}.")
         if "$ref" in schema:
+            self._check(schema, {"$ref"}, path)
             return self._referred(schema["$ref"], path)
         for name in ("anyOf", "oneOf"):
             if name in schema:
@@ -76,36 +80,31 @@ class _Rules:
                 return self._either([self._value(item, f"{path}.{name}") for item in schema[name]])
         kinds = schema.get("type")
         kinds = [*kinds] if isinstance(kinds, list) else [kinds] if kinds else _kinds_of(schema)
-        if schema.get("nullable") and "null" not in kinds:
-            kinds.append("null")
         kinds = [str(kind).lower() for kind in kinds]
-        if not kinds:
-            self._check(schema, set(), path)
-            return self._anything()
         honoured = set().union(*(HONOURED.get(kind, set()) for kind in kinds))
         self._check(schema, honoured, path)
+        if not kinds:
+            return self._anything()
+        if schema.keys() & {"enum", "const"}:
+            chosen = _kinds_of(schema)
+            kinds = [kind for kind in kinds if kind in chosen or (kind == "number" and "integer" in chosen)]
+        if schema.get("nullable") and "null" not in kinds:
+            kinds.append("null")
         return self._either([self._typed(kind, schema, path) for kind in kinds])
 
     def _typed(self, kind: str, schema: Mapping[str, Any], path: str) -> str:
         choices = schema.get("enum", [schema["const"]] if "const" in schema else None)
         match kind:
-            case "string" if choices is not None:
-                texts = [choice for choice in choices if isinstance(choice, str)]
-                if any("<|" in text for text in texts):
-                    raise PromptError(f"A choice of `{path}` has `<|` in it, which only markers have; rename it.")
-                return self._either([f"{self._quote} {_text(text)} {self._quote}" for text in texts])
-            case "string" if "minLength" in schema or "maxLength" in schema:
-                most = schema.get("maxLength", "")
-                return self._rule(f"{self._quote} /[^<]{{{schema.get('minLength', 0)},{most}}}/ {self._quote}")
             case "string":
-                return self._rule(f"{self._quote} {ANY_TEXT} {self._quote}")
+                texts = None if choices is None else _texts(choices, path)
+                return self._rule(f"{self._quote} {self._terminal(string_terminal(schema, texts, path))} {self._quote}")
             case "integer" | "number" | "boolean" | "null":
                 kept = {name: value for name, value in schema.items() if name in HONOURED[kind]}
                 return self._rule("%json " + json.dumps({**kept, "type": kind}))
             case "array":
                 return self._array(schema, path)
             case "object":
-                return self._object(schema, path) if schema.get("properties") else self._mapping()
+                return self._object(schema, path)
         raise PromptError(f"The type {kind!r} of `{path}` is none of JSON's.")
 
     def _array(self, schema: Mapping[str, Any], path: str) -> str:
@@ -119,12 +118,15 @@ class _Rules:
     def _object(self, schema: Mapping[str, Any], path: str) -> str:
         """An object's properties, sorted as chat templates write them, those that are not required or not there."""
         self._check(schema, HONOURED["object"], path)
-        if schema.get("additionalProperties") not in (None, False):
-            raise PromptError(f"The keyword `additionalProperties` of `{path}` cannot be honoured in a call.")
-        properties = sorted(schema["properties"].items(), key=lambda entry: (entry[0].lower(), entry[0]))
+        listed, others = schema.get("properties") or {}, schema.get("additionalProperties")
         required = set(schema.get("required") or ())
-        if not required <= schema["properties"].keys():
+        if not required <= listed.keys():
             raise PromptError(f"`{path}.required` names properties that are not listed; list them.")
+        if not listed:
+            return self._mapping(others, path)
+        if isinstance(others, Mapping) and others:
+            raise PromptError(f"The keyword `additionalProperties` of `{path}` cannot be honoured in a call.")
+        properties = sorted(listed.items(), key=lambda entry: (entry[0].lower(), entry[0]))
         first, later = '""', '""'  # what follows where no property is written yet, and where one is
         for name, own in reversed(properties):
             written = f"{self._key(name)} {self._value(own, f'{path}.{name}')}"
@@ -157,14 +159,18 @@ class _Rules:
     def _anything(self) -> str:
         if self._any is None:
             self._any = name = self._new_name()
-            text = self._rule(f"{self._quote} {ANY_TEXT} {self._quote}")
+            text = self._rule(f"{self._quote} /{UNMARKED}/ {self._quote}")
             plain = [self._rule("%json " + json.dumps({"type": kind})) for kind in ("number", "boolean", "null")]
             array = self._rule(f'"[" ({name} ("," {name})*)? "]"')
-            self.lines.append(f"{name}: {' | '.join([text, *plain, array, self._mapping()])}")
+            self.lines.append(f"{name}: {' | '.join([text, *plain, array, self._mapping({}, '')])}")
         return self._any
 
-    def _mapping(self) -> str:
-        item = f'{BARE_KEY} ":" {self._anything()}'
+    def _mapping(self, values: Any, path: str) -> str:
+        """An object with properties of any names. values: the schema of theirs; None and True are any."""
+        if values is False:
+            return self._rule('"{" "}"')
+        values = {} if values in (None, True) else values
+        item = f'{BARE_KEY} ":" {self._value(values, f"{path}.additionalProperties")}'
         return self._rule(f'"{{" ({item} ("," {item})*)? "}}"')
 
     def _either(self, rules: list[str]) -> str:
@@ -177,6 +183,12 @@ class _Rules:
         self.lines.append(f"{name}: {body}")
         return name
 
+    def _terminal(self, body: str) -> str:
+        """A rule for a single piece of text, where Lark can ask for several things at once."""
+        self._count += 1
+        self.lines.append(f"TEXT{self._count}: {body}")
+        return f"TEXT{self._count}"
+
     def _new_name(self) -> str:
         self._count += 1
         return f"r{self._count}"
@@ -185,6 +197,14 @@ class _Rules:
         for name in schema:
             if name not in honoured and name not in ALWAYS:
                 raise PromptError(f"The keyword `{name}` of `{path}` cannot be honoured in a call; leave it out.")
+
+
+def _texts(choices: Sequence[Any], path: str) -> list[str]:
+    """The choices that are text. Raises PromptError for one that a call cannot have."""
+    texts = [choice for choice in choices if isinstance(choice, str)]
+    if any("<|" in text for text in texts):
+        raise PromptError(f"A choice of `{path}` has `<|` in it, which only markers have; rename it.")
+    return texts
 
 
 def _text(text: str) -> str:

@@ -1,0 +1,1 @@
+"""Grammars that a reply follows: of JSON Schemas, regular expressions, Lark, and calls of declared tools."""
