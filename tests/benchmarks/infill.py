@@ -251,7 +251,8 @@ class Measurements:
         """The prompt, its reply with a gap, and the request for what is missing, as one asks a chat model."""
         gapped = f"{task.text[:start]}<FILL>{task.text[stop:]}"
         asked = f"{task.prompt}\n\n{gapped}\n\nReply with the text that belongs in place of <FILL>, and nothing else."
-        return generate(self.model, self.processor, asked, seed=seed, options=OPTIONS).text, 0
+        options = GenerationOptions(max_tokens=ROOM)
+        return generate(self.model, self.processor, asked, seed=seed, options=options).text, 0
 
     def _left_to_right(self, task: Task, start: int, stop: int, seed: int) -> tuple[str, int]:
         """The likeliest tokens after the text before the hole, cut where most of what follows it comes up."""
