@@ -269,7 +269,7 @@ FIND = {
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_a_tool_can_be_required(demo, decoder):
     for seed in range(2):
-        options = GenerationOptions(decoder=decoder, seed=seed, max_tokens=60)
+        options = GenerationOptions(decoder=decoder, seed=seed, max_tokens=120)
         result = generate(*demo, "hi", tools=[get_weather, FIND], tool_choice="find", options=options)
         assert [call.name for call in result.tool_calls] == ["find"] and result.finish_reason == "tool"
         jsonschema.Draft202012Validator(FIND["parameters"]).validate(result.tool_calls[0].arguments)
