@@ -4,9 +4,8 @@
 
 Random schemas on the packaged demo checkpoint, with each decoder in turn: every reply must parse and validate, and the
 causal passes for a token are counted, by how many of the reply's tokens the schema fixes. Then values: questions that
-the demo checkpoint answers in JSON, with a schema and in free text. It was trained to denoise and not to write left to
-right, as its causal pass has to here; a checkpoint that knows both, such as `--chains`, shows what a grammar takes away
-from a model that could have answered without. The exit status is 1 where a reply is not valid.
+the demo checkpoint answers in JSON, with a schema and in free text; and `--chains`, in text of another kind. The exit
+status is 1 where a reply is not valid.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Fine-tuning measured: what a new task costs the old ones, and an example beside mlx-lm's.
 
-    python tests/benchmarks/training.py lift [--iters 400]     a task that the demo checkpoint cannot do, by LoRA
+    python tests/benchmarks/training.py lift [--iters 1200]    a task that the demo checkpoint cannot do, by LoRA
     python tests/benchmarks/training.py cost [--pairs 5]       seconds and peak memory of an example, four ways
     python tests/benchmarks/training.py kills [--kills 10]     killed again and again and resumed: the same bytes?
     python tests/benchmarks/training.py nothing [--iters 600]  from random weights, the shortest task
@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     lifting = verbs.add_parser("lift")
-    lifting.add_argument("--iters", type=int, default=400)
+    lifting.add_argument("--iters", type=int, default=1200)
     lifting.add_argument("--base", type=Path, default=DEMO)
     costing = verbs.add_parser("cost")
     costing.add_argument("--pairs", type=int, default=5)
@@ -89,19 +89,18 @@ def main() -> None:
 
 
 def lift(scratch: Path, checkpoint: Path, iters: int) -> None:
-    """Teach a checkpoint to write rows of a table, with the command that a user would give."""
+    """Teach a checkpoint to double letters, with the command that a user would give."""
     base, data, old = scratch / "base", scratch / "data", scratch / "old"
     convert_checkpoint(checkpoint, base, bits=None, dtype="float32")
-    subprocess.run([sys.executable, TASKS, old, "--train", "800", "--valid", "20", "--without", QUESTIONS], check=True)
+    subprocess.run([sys.executable, TASKS, old, "--train", "1500", "--valid", "20", "--without", QUESTIONS], check=True)
     drawn = random.Random(5)
-    people = {("".join(drawn.choices(LETTERS, k=drawn.randint(3, 7))), drawn.randint(1, 99)) for _ in range(8130)}
-    lines = [{"prompt": f"csv name={name} age={age}", "completion": f"{name},{age}"} for name, age in sorted(people)]
-    drawn.shuffle(lines)
-    for name, part in (("test", lines[:100]), ("valid", lines[100:130]), ("train", lines[130:])):
-        write_lines(data / f"{name}.jsonl", part)
+    words = list(dict.fromkeys("".join(drawn.choices(LETTERS, k=drawn.randint(3, 10))) for _ in range(20300)))
+    for name, part in (("test", words[:100]), ("valid", words[100:130]), ("train", words[130:])):
+        lines = [{"prompt": f"double {word}", "completion": "".join(2 * letter for letter in word)} for word in part]
+        write_lines(data / f"{name}.jsonl", lines)
     measure("before", base, data, scratch, None)
     command = f"mlx-dg train --model {base} --data {data} --mix {old} --mix-share 0.05 --iters {iters} --batch-size 8"
-    command += " --grad-accumulation-steps 2 --learning-rate 5e-4 --mask-prompt --steps-per-eval 100"
+    command += " --grad-accumulation-steps 2 --learning-rate 1e-3 --mask-prompt --steps-per-eval 200"
     command += f" --generate 30 --adapter-path {scratch / 'adapters'}"
     print(command)
     began = time.monotonic()
