@@ -177,7 +177,8 @@ class Measurements:
             draw, damage = Draw(number), DAMAGES[number % len(DAMAGES)]
             old, start, stop = damage(task.text, draw)
             is_whole = number // len(DAMAGES) % 2
-            span = None if is_whole else (max(0, start - draw.randrange(4)), min(len(old), stop + draw.randint(1, 4)))
+            first = max(0, min(start, len(old) - 1) - draw.randrange(4))
+            span = None if is_whole else (first, min(len(old), stop + draw.randint(1, 4)))
             messages = [{"role": "user", "content": task.prompt}]
             self.model.taken()
             found = edit(self.model, self.processor, old, span, messages, seed=number)
