@@ -317,7 +317,7 @@ def test_a_file_edited_to_no_effect_is_restored(chat, saved_pictures, tmp_path):
     chat.restore(edited(saved_pictures, tmp_path / "edited.safetensors", lambda content, arrays: None))
     first, second, video, _ = chat.messages[0]["content"]
     assert [frame.digest for frame in video["video"].frames] == [first["image"].digest, second["image"].digest]
-    assert chat.ask("sort 97").finish_reason == "stop"
+    assert chat.ask("sort 97").finish_reason in ("stop", "tool")
 
 
 def test_what_only_looks_like_an_image_stays_what_it_is(demo, chat, tmp_path):
